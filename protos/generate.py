@@ -23,12 +23,25 @@ def generate(out: Path) -> None:
     sources = sorted(str(path) for path in (PROTOS / "metering").rglob("*.proto"))
     google = Path(sysconfig.get_paths()["purelib"])  # googleapis-common-protos puts google/rpc/*.proto there
     includes = [f"-I{PROTOS}", f"-I{importlib.resources.files('grpc_tools') / '_proto'}", f"-I{google}"]
-    stubs = [f"--python_out={out}", f"--grpc_python_out={out}", f"--mypy_out=quiet:{out}", f"--mypy_grpc_out=quiet:{out}"]
+    stubs = [
+        f"--python_out={out}",
+        f"--grpc_python_out={out}",
+        f"--mypy_out=quiet:{out}",
+        f"--mypy_grpc_out=quiet:{out}",
+    ]
     descriptors = out / "metering" / "descriptors.binpb"
     descriptors.parent.mkdir(parents=True, exist_ok=True)
     _protoc([*includes, *stubs, *sources])
     # Error details are part of the set, or tools that read it cannot decode them.
-    _protoc([*includes, "--include_imports", f"--descriptor_set_out={descriptors}", *sources, "google/rpc/error_details.proto"])
+    _protoc(
+        [
+            *includes,
+            "--include_imports",
+            f"--descriptor_set_out={descriptors}",
+            *sources,
+            "google/rpc/error_details.proto",
+        ]
+    )
     (out / "metering" / "py.typed").touch()
 
 

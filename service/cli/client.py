@@ -1,0 +1,255 @@
+"""Owns the client's side of a call: options, channel, credentials, deadline, retry, and errors in plain words."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from random import uniform
+from time import monotonic, sleep
+from typing import Any, TypeVar, cast
+
+import click
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+CALL_FAILED = 3
+"""Exit code when a call failed: nothing is known to be wrong with the input."""
+
+# After any of these the outcome is unknown or the call was never begun, so the same request may be sent again:
+# INTERNAL and UNKNOWN because proxies and broken connections surface as them, CANCELLED because a gRPC server that
+# sheds load answers with it.
+RETRYABLE = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+    }
+)
+BACKOFF_FIRST_S = 0.5
+BACKOFF_MAX_S = 10.0
+
+_ADDRESS = re.compile(r"unix(-abstract)?:.+|dns:.+|[^/\s]+:\d+")
+_RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?([Zz]|[+-]\d\d:\d\d)?",
+    re.ASCII,
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SECOND = timedelta(seconds=1)
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Whom to call, as whom, and how long a call may take."""
+
+    address: str
+    timeout_s: float
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries beside its request."""
+        return () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+
+
+class Seconds(click.FloatRange):
+    """A finite number of seconds; `nan` would pass every comparison and be no deadline at all."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Refuses what is not a number of seconds in range."""
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail("nan is not a number of seconds.", param, ctx)
+        return seconds
+
+
+def target_options(timeout_s: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds the options of every client command, which the command gets as one `target`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @click.option(
+            "--address",
+            envvar="METERING_ADDRESS",
+            show_envvar=True,
+            default="localhost:50051",
+            show_default=True,
+            metavar="HOST:PORT|unix:PATH",
+            callback=_check_address,
+            help="Where the server listens.",
+        )
+        @click.option(
+            "--api-key",
+            envvar="METERING_API_KEY",
+            show_envvar=True,
+            metavar="KEY",
+            callback=_check_api_key,
+            help="Sent as `authorization: Bearer KEY`, never printed. A server in open mode needs none.",
+        )
+        @click.option(
+            "--timeout",
+            type=Seconds(min=0, min_open=True, max=3600),
+            default=timeout_s,
+            show_default=True,
+            help="Deadline of each call in seconds.",
+        )
+        @functools.wraps(command)
+        def with_target(address: str, api_key: str | None, timeout: float, **options: Any) -> None:
+            command(target=Target(address, timeout, api_key), **options)
+
+        return with_target
+
+    return decorate
+
+
+def open_channel(address: str) -> grpc.Channel:
+    """Opens the channel to a server; tests put a fake in its place."""
+    # Without the bounds a channel that failed a few times waits up to two minutes before it looks again, longer than
+    # our own retries last.
+    options = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
+    return grpc.insecure_channel(address, options=options)
+
+
+@contextmanager
+def connected(target: Target) -> Iterator[grpc.Channel]:
+    """A channel for the length of a command; an RPC error inside ends it in plain words with exit code 3."""
+    try:
+        with open_channel(target.address) as channel:
+            yield channel
+    except grpc.RpcError as error:
+        print_error(error, target)
+        raise click.exceptions.Exit(CALL_FAILED) from None
+
+
+def first_answer(
+    calls: Iterable["grpc.Future[Answer]"], retry_for_s: float, on_retry: Callable[[grpc.StatusCode, float], None]
+) -> Answer:
+    """The first answer of a series of identical calls, each drawn (and so begun) only when the one before it failed.
+
+    Raises the last RpcError once it is not worth a retry or `retry_for_s` seconds have passed since the first failure.
+    """
+    give_up_at: float | None = None
+    backoff_s = BACKOFF_FIRST_S
+    for call in calls:
+        try:
+            return call.result()
+        except grpc.RpcError as error:
+            now = monotonic()
+            give_up_at = now + retry_for_s if give_up_at is None else give_up_at
+            # Full jitter on top of what the server asks for: clients that failed together must not come back together.
+            delay_s = (_retry_info_s(error) or 0.0) + uniform(0, backoff_s)  # noqa: S311 - jitter is no secret
+            if call_of(error).code() not in RETRYABLE or now + delay_s > give_up_at:
+                raise
+            on_retry(call_of(error).code(), delay_s)
+            sleep(delay_s)
+            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+    raise AssertionError("the series of calls ended without an answer")
+
+
+def print_error(error: grpc.RpcError, target: Target) -> None:
+    """Prints what the server said to stderr: status, reason, message, each field at fault, and what to try."""
+    status = call_of(error)
+    code = status.code()
+    reason, violations = "", []
+    for detail in _details(error):
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            detail.Unpack(info)
+            reason = info.reason
+        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            bad_request = error_details_pb2.BadRequest()
+            detail.Unpack(bad_request)
+            violations += [f"{fault.field}: {fault.description}" for fault in bad_request.field_violations]
+    click.echo(printable(f"error: {code.name}{f' ({reason})' if reason else ''}: {status.details()}"), err=True)
+    for violation in violations:
+        click.echo(printable(f"  {violation}"), err=True)
+    hint = _hint(code, reason, target)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    retry_s = _retry_info_s(error)
+    if retry_s is not None:
+        click.echo(f"hint: the server asks to try again in {retry_s:g} s", err=True)
+
+
+def call_of(error: grpc.RpcError) -> grpc.Call:
+    """The failed call, for its status: every RpcError that a call raises is one, which the types do not say."""
+    return cast(grpc.Call, error)
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: names and values come from events and must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def parse_timestamp(text: str) -> Timestamp:
+    """Reads an RFC 3339 instant; ValueError says what is wrong with it."""
+    match = _RFC_3339.fullmatch(text)
+    if match is None:
+        raise ValueError("not an RFC 3339 time such as 2026-01-01T10:00:00Z")
+    day, time, fraction, offset = match.groups()
+    if offset is None:
+        raise ValueError("has no offset: add Z for UTC or for example +05:30; a guess would move usage between windows")
+    try:
+        instant = datetime.fromisoformat(f"{day}T{time}{'+00:00' if offset in 'Zz' else offset}")
+    except ValueError as fault:
+        raise ValueError(f"no such time: {fault}") from None
+    # Not via a datetime's microseconds, so that the server is the one that cuts, and never through a float.
+    return Timestamp(seconds=(instant - _EPOCH) // _SECOND, nanos=int((fraction or "0")[:9].ljust(9, "0")))
+
+
+def _check_address(_ctx: click.Context, _param: click.Parameter, address: str) -> str:
+    # gRPC takes anything here: it dials port 443 when the port is missing and looks up `http` as a host.
+    if not _ADDRESS.fullmatch(address):
+        raise click.BadParameter(f"{address!r} is neither host:port nor unix:/path.")
+    return address
+
+
+def _check_api_key(_ctx: click.Context, _param: click.Parameter, api_key: str | None) -> str | None:
+    key = (api_key or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        # gRPC would refuse it too, with the key in the text of the error.
+        raise click.BadParameter("the key holds characters that cannot be sent in a header.")
+    return key or None
+
+
+def _details(error: grpc.RpcError) -> list[Any]:
+    try:
+        status = rpc_status.from_call(call_of(error))
+    except ValueError:  # details that contradict the status, as a proxy can make them
+        return []
+    return [] if status is None else list(status.details)
+
+
+def _retry_info_s(error: grpc.RpcError) -> float | None:
+    for detail in _details(error):
+        if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            info = error_details_pb2.RetryInfo()
+            detail.Unpack(info)
+            return max(0.0, float(info.retry_delay.ToTimedelta().total_seconds()))
+    return None
+
+
+def _hint(code: grpc.StatusCode, reason: str, target: Target) -> str | None:
+    match code:
+        case grpc.StatusCode.UNAVAILABLE if not reason:  # with a reason a server did answer
+            return f"is the server running at {target.address}? `metering serve` starts one"
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return "give an API key with --api-key or METERING_API_KEY"
+        case grpc.StatusCode.PERMISSION_DENIED:
+            return "the API key given with --api-key or METERING_API_KEY does not allow this"
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"no answer within --timeout {target.timeout_s:g} s"
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return f"the server at {target.address} is no metering server, or an older one"
+    return None

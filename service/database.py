@@ -1,0 +1,198 @@
+"""Owns the way to Postgres: one engine, how transactions are begun, bounded, shielded and retried, and what is refused.
+
+It must not know what the statements are; those are in `store`.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.schema import CreateTable
+
+from service.errors import Reason, Unavailable
+from service.store.tables import incoming_events
+
+log = structlog.get_logger("metering.database")
+
+Result = TypeVar("Result")
+
+WRITES_MAX = 4
+READS_MAX = 6
+# Two more than the admitted work needs: the backfill and the health check never wait behind callers.
+POOL_SIZE = WRITES_MAX + READS_MAX + 2
+STATEMENT_TIMEOUT_S = 30
+ATTEMPTS_MAX = 10
+VERSION_MIN = 150000
+
+_DEADLOCK_OR_SERIALIZATION = {"40001", "40P01"}
+# Postgres says these when it stops, starts, or has no connection left.
+_UNAVAILABLE_CLASSES = ("08", "53", "57")
+
+
+class UnsafeDatabase(Exception):
+    """The database cannot keep the promise that an acknowledged event is durable; the text says what to do."""
+
+
+class Database:
+    """One pool of connections, and the only ways in which a transaction is run.
+
+    Callers may be cancelled at any time (a client hangs up, a deadline passes). The transaction itself is shielded
+    from that: it ends by itself, within the server's statement timeout, and its connection goes back to the pool whole.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Prepare the pool; no connection is made yet. `url` is `postgresql+asyncpg://…` or `postgresql://…`."""
+        # Every batch goes through the same handful of statements, so their plans are kept per connection.
+        self.engine: AsyncEngine = create_async_engine(
+            sa.make_url(url).set(drivername="postgresql+asyncpg"),
+            pool_size=POOL_SIZE,
+            max_overflow=0,
+            pool_timeout=5,
+            pool_recycle=1800,
+            hide_parameters=True,
+            connect_args={
+                "timeout": 5,
+                "command_timeout": STATEMENT_TIMEOUT_S + 5,
+                "server_settings": {
+                    "application_name": "metering",
+                    "synchronous_commit": "on",
+                    "statement_timeout": str(STATEMENT_TIMEOUT_S * 1000),
+                    "idle_in_transaction_session_timeout": "60000",
+                    "timezone": "UTC",
+                    "jit": "off",
+                },
+            },
+        )
+        sa.event.listen(self.engine.sync_engine, "connect", _prepare_connection)
+        self._writes = asyncio.Semaphore(WRITES_MAX)
+        self._reads = asyncio.Semaphore(READS_MAX)
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def write(self, work: Callable[[AsyncConnection], Awaitable[Result]], *, retry: bool = True) -> Result:
+        """Run `work` in one READ COMMITTED transaction and return its result after the commit.
+
+        Deadlocks and serialization failures run the whole of `work` again. Raises Unavailable when the database does
+        not answer (the outcome is then unknown), and whatever `work` raises, after a rollback.
+        """
+        return await self._shielded(self._writes, lambda: self._attempts(work, ATTEMPTS_MAX if retry else 1))
+
+    async def read(
+        self, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
+    ) -> Result:
+        """Run `work` in one read-only snapshot. `timeout_s` bounds each statement. Raises as `write`."""
+        return await self._shielded(self._reads, lambda: self._snapshot(work, timeout_s))
+
+    async def background(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
+        """Run `work` in one transaction outside the admission of callers and without a statement timeout."""
+
+        async def unlimited(connection: AsyncConnection) -> Result:
+            await connection.execute(sa.func.set_config("statement_timeout", "0", True).select())
+            return await work(connection)
+
+        return await self._attempts(unlimited, ATTEMPTS_MAX)
+
+    async def ping(self) -> bool:
+        """Say whether the database answers now."""
+        try:
+            async with asyncio.timeout(3), self.engine.connect() as connection:
+                await connection.execute(sa.select(1))
+        except (sa.exc.SQLAlchemyError, OSError, TimeoutError):
+            return False
+        return True
+
+    async def check(self, *, allow_unsafe: bool = False) -> None:
+        """Refuse a database that is too old or could lose what was acknowledged; raises UnsafeDatabase."""
+        names = ("server_version_num", "fsync", "full_page_writes")
+        async with self.engine.connect() as connection:
+            row = (
+                await connection.execute(
+                    sa.select(*(sa.func.current_setting(name) for name in names), sa.func.pg_is_in_recovery())
+                )
+            ).one()
+        if int(row[0]) < VERSION_MIN:
+            raise UnsafeDatabase(f"Postgres 15 or newer is needed; this one is {int(row[0]) // 10000}.")
+        faults = [f"{name} is off" for name, value in zip(names[1:], row[1:3], strict=True) if value != "on"]
+        faults += ["it is a standby in recovery"] if row[3] else []
+        if faults and not allow_unsafe:
+            raise UnsafeDatabase(
+                f"This database can lose acknowledged events ({', '.join(faults)}). Turn it on, use a primary, or set "
+                "METERING_ALLOW_UNSAFE_DATABASE=1 for tests."
+            )
+
+    async def close(self) -> None:
+        """Wait for transactions that are still running, then close every connection."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=STATEMENT_TIMEOUT_S)
+        await self.engine.dispose()
+
+    async def _shielded(self, admission: asyncio.Semaphore, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        # A caller that is cancelled while it waits here leaves nothing behind; from the next line on it cannot stop
+        # the transaction, which gives the place back when it ends.
+        await admission.acquire()
+        task = asyncio.create_task(work())
+        task.add_done_callback(lambda _: admission.release())
+        self._running.add(task)
+        task.add_done_callback(self._finished)
+        return await asyncio.shield(task)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # a caller that left does not fetch it; asyncio must not complain about that
+
+    async def _attempts(self, work: Callable[[AsyncConnection], Awaitable[Result]], attempts: int) -> Result:
+        for attempt in range(1, attempts + 1):
+            try:
+                async with self.engine.begin() as connection:
+                    return await work(connection)
+            except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+                state = sqlstate(error)
+                if state in _DEADLOCK_OR_SERIALIZATION and attempt < attempts:
+                    await asyncio.sleep(random.uniform(0, 0.005 * 2**attempt))  # noqa: S311 - jitter, not a secret
+                    continue
+                raise _translated(error) from error
+        raise AssertionError("unreachable")
+
+    async def _snapshot(self, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float | None) -> Result:
+        try:
+            async with self.engine.connect() as connection:
+                await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+                async with connection.begin():
+                    if timeout_s is not None and timeout_s < STATEMENT_TIMEOUT_S:
+                        limit = str(max(1, int(timeout_s * 1000)))
+                        await connection.execute(sa.func.set_config("statement_timeout", limit, True).select())
+                    return await work(connection)
+        except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+            raise _translated(error) from error
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """Return Postgres' five-letter code of an error, if it came from Postgres."""
+    return getattr(getattr(error, "orig", None), "sqlstate", None)
+
+
+def _translated(error: BaseException) -> BaseException:
+    state = sqlstate(error)
+    gone = (
+        isinstance(error, OSError | TimeoutError | sa.exc.TimeoutError | sa.exc.InterfaceError)
+        or (isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated)
+        or (state or "").startswith(_UNAVAILABLE_CLASSES)
+        or state in _DEADLOCK_OR_SERIALIZATION
+    )
+    if not gone:
+        return error
+    log.warning("database unavailable", error=type(error).__name__, sqlstate=state)
+    return Unavailable(
+        Reason.DATABASE_UNAVAILABLE,
+        "The database did not answer. For writes the outcome is unknown: retry with the same ids.",
+        retry_after_s=1,
+    )
+
+
+def _prepare_connection(dbapi_connection: Any, _record: Any) -> None:
+    statement = str(CreateTable(incoming_events).compile(dialect=sa.dialects.postgresql.dialect()))
+    dbapi_connection.run_async(lambda connection: connection.execute(statement))

@@ -1,0 +1,95 @@
+"""Owns what an event is once checked, its content digest, and the verdicts an event can get."""
+
+import enum
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
+from typing import NamedTuple
+
+from service.domain import checks
+from service.domain.windows import EARLIEST, LATEST
+from service.errors import Reason, Violation
+
+EVENTS_MAX = 10_000
+PROPERTIES_MAX = 64
+PROPERTIES_BYTES_MAX = 16 * 1024
+# Ids that the service itself gives to events it makes out of usage record groups.
+RESERVED_PREFIX = "urg:"
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EARLIEST_S = int((EARLIEST - _EPOCH).total_seconds())
+_LATEST_S = int((LATEST - _EPOCH).total_seconds())
+
+
+class Verdict(enum.Enum):
+    """What became of an event; see the proto enum of the same name."""
+
+    ACCEPTED = 1
+    DUPLICATE = 2
+    CONFLICT = 3
+    REJECTED = 4
+
+
+class Event(NamedTuple):
+    """A well-formed event, ready to store.
+
+    `customer_key` is as sent (UUIDs in lower case), `timestamp` is aware UTC, `properties` is canonical JSON text
+    (sorted keys, plain numbers), `digest` tells this content from any other under the same transaction id.
+    """
+
+    transaction_id: str
+    customer_key: str
+    event_type: str
+    timestamp: datetime
+    properties: str
+    digest: bytes
+
+
+class Outcome(NamedTuple):
+    """The verdict of one event; for CONFLICT and REJECTED with the violations that explain it."""
+
+    verdict: Verdict
+    violations: tuple[Violation, ...] = ()
+
+
+class TimeLimits(NamedTuple):
+    """How far from the server's clock a new event's timestamp may lie. `oldest` None = no limit."""
+
+    ahead: timedelta = timedelta(hours=24)
+    oldest: timedelta | None = None
+
+
+def event(transaction_id: str, customer_id: str, event_type: str, timestamp: datetime, properties: str) -> Event:
+    """Build an event from checked fields; `properties` is canonical JSON."""
+    key = checks.customer_key(customer_id)
+    # Lengths keep fields apart: ("ab","c") and ("a","bc") must not meet. The id is not part of its own content.
+    head = f"{len(key)}:{key}{len(event_type)}:{event_type}{timestamp.isoformat()}"
+    digest = blake2b((head + properties).encode(), digest_size=16).digest()
+    return Event(transaction_id, key, event_type, timestamp, properties, digest)
+
+
+def instant(seconds: int, nanos: int) -> datetime | None:
+    """Return seconds and nanoseconds since 1970 as an instant cut to microseconds, or None when out of range.
+
+    The range is that of window bounds, so that every event lies in some window.
+    """
+    if not _EARLIEST_S <= seconds <= _LATEST_S or not 0 <= nanos < 1_000_000_000:
+        return None
+    return _EPOCH + timedelta(seconds=seconds, microseconds=nanos // 1000)
+
+
+def time_violation(field: str, timestamp: datetime, now: datetime, limits: TimeLimits) -> Violation | None:
+    """Check a new event's timestamp against the clock.
+
+    Apart from the other checks because time changes its answer: an event that is already stored never gets here.
+    """
+    if timestamp - now > limits.ahead:
+        message = f"is more than {_hours(limits.ahead)} ahead of the server's clock ({now:%Y-%m-%dT%H:%M:%SZ})"
+        return Violation(field, Reason.TIMESTAMP_TOO_FAR_AHEAD, message)
+    if limits.oldest is not None and now - timestamp > limits.oldest:
+        message = f"is more than {_hours(limits.oldest)} before the server's clock ({now:%Y-%m-%dT%H:%M:%SZ})"
+        return Violation(field, Reason.TIMESTAMP_TOO_OLD, message)
+    return None
+
+
+def _hours(limit: timedelta) -> str:
+    return f"{limit.total_seconds() / 3600:g} hours"

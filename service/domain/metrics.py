@@ -1,0 +1,164 @@
+"""Owns what a billable metric is and which definitions are valid; how it counts is `store.metric_sql`'s."""
+
+import enum
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import blake2b
+
+from service.domain import checks
+from service.errors import Reason, Violation
+
+VALUES_MAX = 1_000
+FILTERS_MAX = 32
+GROUP_KEYS_MAX = 10
+GROUP_KEY_PROPERTIES_MAX = 10
+
+
+class Aggregation(enum.Enum):
+    """How the matching events of a window become one value."""
+
+    COUNT = "COUNT"
+    SUM = "SUM"
+    MIN = "MIN"
+    MAX = "MAX"
+    AVG = "AVG"
+    LATEST = "LATEST"
+    UNIQUE = "UNIQUE"
+
+
+@dataclass(frozen=True, slots=True)
+class PropertyFilter:
+    """A condition on one property; an empty tuple of values is no condition."""
+
+    name: str
+    exists: bool | None = None
+    in_values: tuple[str, ...] = ()
+    not_in_values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BillableMetric:
+    """A metric's definition. Everything but the name is fixed at creation; times are aware UTC.
+
+    `backfilled_until` is the start of the first hour whose past events are not counted yet; None = all are counted.
+    `backfill_progress` is the share of the past counted so far, for display.
+    """
+
+    id: uuid.UUID
+    name: str
+    aggregation: Aggregation
+    key: str | None = None
+    aggregation_key: str | None = None
+    event_types: tuple[str, ...] = ()
+    excluded_event_types: tuple[str, ...] = ()
+    property_filters: tuple[PropertyFilter, ...] = ()
+    group_keys: tuple[tuple[str, ...], ...] = ()
+    custom_fields: Mapping[str, str] = field(default_factory=dict)
+    created_at: datetime | None = None
+    archived_at: datetime | None = None
+    backfilled_until: datetime | None = None
+    backfill_progress: float | None = None
+
+    @property
+    def group_properties(self) -> tuple[str, ...]:
+        """Every property of any group key, sorted: the order of `group_values` in the metric's cells."""
+        return tuple(sorted({name for key in self.group_keys for name in key}))
+
+    def definition(self) -> dict[str, object]:
+        """Return what the caller defines, as JSON-ready values: what is stored, and what "same content" compares."""
+        return {
+            "name": self.name,
+            "key": self.key,
+            "aggregation": self.aggregation.value,
+            "aggregation_key": self.aggregation_key,
+            "event_types": list(self.event_types),
+            "excluded_event_types": list(self.excluded_event_types),
+            "property_filters": [
+                {"name": f.name, "exists": f.exists, "in": list(f.in_values), "not_in": list(f.not_in_values)}
+                for f in self.property_filters
+            ],
+            "group_keys": [list(key) for key in self.group_keys],
+            "custom_fields": dict(self.custom_fields),
+        }
+
+    def digest(self) -> bytes:
+        """Tell this definition from any other."""
+        return content_digest(self.definition())
+
+
+def content_digest(content: Mapping[str, object]) -> bytes:
+    """Return a 16-byte digest of JSON-ready content, independent of the order of keys."""
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def violations(metric: BillableMetric, path: str) -> list[Violation]:
+    """Return every fault of a definition, with field paths below `path`."""
+    faults: list[Violation | None] = [checks.identifier(f"{path}.name", metric.name, most=checks.NAME_MAX)]
+    if metric.key is not None:
+        faults.append(checks.identifier(f"{path}.key", metric.key))
+    if metric.aggregation is Aggregation.COUNT:
+        if metric.aggregation_key is not None:
+            message = "must be empty for COUNT, which counts events"
+            faults.append(Violation(f"{path}.aggregation_key", Reason.FIELD_INVALID, message))
+    else:
+        faults.append(checks.identifier(f"{path}.aggregation_key", metric.aggregation_key or ""))
+    faults += _values(f"{path}.event_type_filter.in_values", metric.event_types)
+    faults += _values(f"{path}.event_type_filter.not_in_values", metric.excluded_event_types)
+    faults += _filters(f"{path}.property_filters", metric.property_filters)
+    faults += _group_keys(f"{path}.group_keys", metric.group_keys)
+    faults += checks.custom_fields(f"{path}.custom_fields", metric.custom_fields)
+    return [fault for fault in faults if fault]
+
+
+def _values(path: str, values: Sequence[str]) -> list[Violation | None]:
+    if len(values) > VALUES_MAX:
+        return [_too_many(path, len(values), VALUES_MAX)]
+    return [checks.text(f"{path}[{i}]", value) for i, value in enumerate(values)]
+
+
+def _filters(path: str, filters: Sequence[PropertyFilter]) -> list[Violation | None]:
+    if len(filters) > FILTERS_MAX:
+        return [_too_many(path, len(filters), FILTERS_MAX)]
+    faults: list[Violation | None] = []
+    names: set[str] = set()
+    for i, one in enumerate(filters):
+        faults.append(checks.identifier(f"{path}[{i}].name", one.name))
+        if one.name in names:
+            message = f"{one.name!r} has a filter already; put all its conditions into one"
+            faults.append(Violation(f"{path}[{i}].name", Reason.DUPLICATE_ITEM, message))
+        names.add(one.name)
+        if one.exists is False and one.in_values:
+            message = "cannot be false together with in_values, which need the property"
+            faults.append(Violation(f"{path}[{i}].exists", Reason.FIELD_INVALID, message))
+        faults += _values(f"{path}[{i}].in_values", one.in_values)
+        faults += _values(f"{path}[{i}].not_in_values", one.not_in_values)
+    return faults
+
+
+def _group_keys(path: str, keys: Sequence[Sequence[str]]) -> list[Violation | None]:
+    if len(keys) > GROUP_KEYS_MAX:
+        return [_too_many(path, len(keys), GROUP_KEYS_MAX)]
+    faults: list[Violation | None] = []
+    seen: set[frozenset[str]] = set()
+    for i, key in enumerate(keys):
+        if not key:
+            faults.append(Violation(f"{path}[{i}].properties", Reason.FIELD_REQUIRED, "needs at least one property"))
+        if len(key) > GROUP_KEY_PROPERTIES_MAX:
+            faults.append(_too_many(f"{path}[{i}].properties", len(key), GROUP_KEY_PROPERTIES_MAX))
+            continue
+        faults += [checks.identifier(f"{path}[{i}].properties[{j}]", name) for j, name in enumerate(key)]
+        if len(set(key)) < len(key):
+            message = "names one property twice"
+            faults.append(Violation(f"{path}[{i}].properties", Reason.DUPLICATE_ITEM, message))
+        if frozenset(key) in seen:
+            message = "is declared already; the order of properties does not matter"
+            faults.append(Violation(f"{path}[{i}]", Reason.DUPLICATE_ITEM, message))
+        seen.add(frozenset(key))
+    return faults
+
+
+def _too_many(path: str, number: int, most: int) -> Violation:
+    return Violation(path, Reason.LIMIT_EXCEEDED, f"has {number} items; at most {most} are allowed")

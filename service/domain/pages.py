@@ -1,0 +1,73 @@
+"""Owns page tokens: what they carry, how they are signed, and when one is refused."""
+
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import Mapping
+from hashlib import blake2b, sha256
+from typing import Any
+
+from service.errors import InvalidArgument, Reason, Violation, invalid
+
+PAGE_SIZE_DEFAULT = 100
+PAGE_SIZE_MAX = 1_000
+_SIGNATURE_BYTES = 16
+_TOKEN_CHARACTERS_MAX = 4096
+
+
+def fingerprint(query: bytes) -> str:
+    """Return a short digest of a query, by which a token is bound to it."""
+    return blake2b(query, digest_size=12).hexdigest()
+
+
+def encode(key_id: int, secret: bytes, scope: str, state: Mapping[str, Any]) -> str:
+    """Make a token of a JSON-ready state. `scope` names the organization, the method and the query it belongs to."""
+    body = key_id.to_bytes(4, "big") + json.dumps(state, separators=(",", ":")).encode()
+    return base64.urlsafe_b64encode(body + _signature(secret, scope, body)).rstrip(b"=").decode()
+
+
+def key_id(token: str) -> int:
+    """Return the id of the secret that a token says it was signed with; raises InvalidArgument on garbage."""
+    return int.from_bytes(_raw(token)[:4], "big")
+
+
+def decode(token: str, secret: bytes, scope: str) -> dict[str, Any]:
+    """Return the state of a token made by `encode` with the same secret and scope; raises InvalidArgument else."""
+    raw = _raw(token)
+    body, signature = raw[:-_SIGNATURE_BYTES], raw[-_SIGNATURE_BYTES:]
+    if not hmac.compare_digest(signature, _signature(secret, scope, body)):
+        raise refused()
+    state: dict[str, Any] = json.loads(body[4:])
+    return state
+
+
+def refused() -> InvalidArgument:
+    """Build the error for a token that is not ours; the same whatever is wrong with it."""
+    message = "is not a token of this query; take next_page_token of the page before as it is, with the same request"
+    return InvalidArgument([Violation("page_token", Reason.PAGE_TOKEN_INVALID, message)])
+
+
+def page_size(requested: int, default: int = PAGE_SIZE_DEFAULT, most: int = PAGE_SIZE_MAX) -> int:
+    """Return the page size to use: 0 = default, above the maximum = the maximum; raises InvalidArgument if negative."""
+    if requested < 0:
+        raise invalid("page_size", Reason.FIELD_INVALID, f"must not be negative; 0 means {default}, at most {most}")
+    return min(requested or default, most)
+
+
+def _raw(token: str) -> bytes:
+    if len(token) > _TOKEN_CHARACTERS_MAX:
+        raise refused()
+    try:
+        raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raise refused() from None
+    # One encoding per token: the spare bits of the last character must not say anything.
+    if len(raw) <= 4 + _SIGNATURE_BYTES or base64.urlsafe_b64encode(raw).rstrip(b"=").decode() != token:
+        raise refused()
+    return raw
+
+
+def _signature(secret: bytes, scope: str, body: bytes) -> bytes:
+    head = len(scope.encode()).to_bytes(4, "big") + scope.encode()
+    return hmac.digest(secret, head + body, sha256)[:_SIGNATURE_BYTES]

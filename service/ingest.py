@@ -1,0 +1,235 @@
+"""Owns group commit: concurrent calls of an organization share a transaction, and each gets its own verdicts after it.
+
+It must not know the wire format; it takes checked events and answers with outcomes.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.database import Database
+from service.domain.events import EVENTS_MAX, Event, Outcome, TimeLimits, Verdict, time_violation
+from service.errors import AlreadyExists, InvalidArgument, MeteringError, Reason, Violation
+from service.store import events as event_store
+from service.store import metrics as metric_store
+from service.store import organizations
+
+log = structlog.get_logger("metering.ingest")
+
+# Two, so that one batch is being prepared while the other waits for the disk. More only wait for each other's cells.
+TRANSACTIONS_MAX = 2
+
+ACCEPTED = Outcome(Verdict.ACCEPTED)
+DUPLICATE = Outcome(Verdict.DUPLICATE)
+
+
+class Batch(NamedTuple):
+    """The events of one call: `items[i]` is the i-th event, or the violations that reject it."""
+
+    items: Sequence[Event | tuple[Violation, ...]]
+    all_or_nothing: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    batch: Batch
+    answer: "asyncio.Future[list[Outcome]]"
+
+
+@dataclass(slots=True)
+class _Queue:
+    calls: deque[_Call] = field(default_factory=deque)
+    transactions: int = 0
+
+
+class Ingest:
+    """Takes batches of events and stores each event exactly once."""
+
+    def __init__(self, database: Database, limits: TimeLimits) -> None:
+        """Use `limits` for the timestamps of events that are not stored yet."""
+        self._database = database
+        self._limits = limits
+        self._queues: dict[str, _Queue] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Per organization: the version of its metrics that the statements were built for. Checked in every
+        # transaction, under the lock that keeps the version from moving; only ever an optimization.
+        self._statements: dict[str, tuple[int, event_store.IngestStatements]] = {}
+
+    async def ingest(self, organization: str, batch: Batch) -> list[Outcome]:
+        """Store the batch's events and return one outcome per event once they are committed.
+
+        The caller's cancellation withdraws a batch that still waits; one that was taken is stored all the same.
+        Raises InvalidArgument or AlreadyExists when `all_or_nothing` fails (nothing is stored then), Unavailable when
+        the database does not answer (the outcome is then unknown).
+        """
+        call = _Call(batch, asyncio.get_running_loop().create_future())
+        queue = self._queues.setdefault(organization, _Queue())
+        queue.calls.append(call)
+        if queue.transactions < TRANSACTIONS_MAX:
+            queue.transactions += 1
+            task = asyncio.create_task(self._drain(organization, queue))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return await call.answer
+
+    async def close(self) -> None:
+        """Wait until every batch that was taken is answered."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _drain(self, organization: str, queue: _Queue) -> None:
+        try:
+            while calls := _take(queue.calls):
+                await self._answer(organization, calls)
+        finally:
+            queue.transactions -= 1
+            if not queue.calls and not queue.transactions:
+                self._queues.pop(organization, None)
+
+    async def _answer(self, organization: str, calls: Sequence[_Call]) -> None:
+        try:
+            answers = await self._commit(organization, [call.batch for call in calls])
+        except Exception as error:
+            if len(calls) > 1 and not isinstance(error, MeteringError):
+                # One caller's events must not fail the others'. (When the database is away, trying alone cannot help
+                # and the callers are told so.)
+                log.warning("shared transaction failed; retrying each call alone", calls=len(calls), error=repr(error))
+                for call in calls:
+                    await self._answer(organization, [call])
+                return
+            for call in calls:
+                if not call.answer.done():
+                    call.answer.set_exception(error)
+            return
+        for call, outcomes in zip(calls, answers, strict=True):
+            if not call.answer.done():
+                call.answer.set_result(outcomes)
+
+    async def _commit(self, organization: str, batches: Sequence[Batch]) -> list[list[Outcome]]:
+        items = [item for batch in batches for item in batch.items]
+        all_or_nothing = batches[0].all_or_nothing
+        outcomes = await self._database.write(lambda c: self._store(c, organization, items, all_or_nothing))
+        ends = [0]
+        for batch in batches:
+            ends.append(ends[-1] + len(batch.items))
+        return [outcomes[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+    async def _store(
+        self,
+        connection: AsyncConnection,
+        organization: str,
+        items: Sequence[Event | tuple[Violation, ...]],
+        all_or_nothing: bool,
+    ) -> list[Outcome]:
+        """Decide every item inside one transaction. The first of equal ids in `items` speaks for the id."""
+        now = datetime.now(UTC)
+        outcomes: list[Outcome | None] = [None] * len(items)
+        fresh: dict[str, int] = {}
+        late: dict[int, Violation] = {}
+        unsettled: list[int] = []
+        for i, item in enumerate(items):
+            if not isinstance(item, Event):
+                outcomes[i] = Outcome(Verdict.REJECTED, item)
+            elif violation := time_violation("timestamp", item.timestamp, now, self._limits):
+                # Too early or too late to be new; but if it is stored, it is answered as stored.
+                late[i] = violation
+            elif item.transaction_id in fresh:
+                unsettled.append(i)
+            else:
+                fresh[item.transaction_id] = i
+        if fresh:
+            statements = await self._current_statements(connection, organization)
+            batch = [items[i] for i in fresh.values()]
+            accepted = await event_store.insert_events(connection, organization, statements, batch)  # type: ignore[arg-type]  # `fresh` holds events only
+            for transaction_id, i in fresh.items():
+                if transaction_id in accepted:
+                    outcomes[i] = ACCEPTED
+                else:
+                    unsettled.append(i)
+        events = {i: item for i in (*unsettled, *late) if isinstance(item := items[i], Event)}
+        for i, differing in (await _compare(connection, organization, events)).items():
+            outcomes[i] = _stored_outcome(differing)
+        for i, violation in late.items():
+            outcomes[i] = outcomes[i] or Outcome(Verdict.REJECTED, (violation,))
+        decided = [outcome for outcome in outcomes if outcome is not None]
+        if all_or_nothing:
+            _require_all(decided)
+        return decided
+
+    async def _current_statements(self, connection: AsyncConnection, organization: str) -> event_store.IngestStatements:
+        await organizations.lock_shared(connection, organization)
+        version = await organizations.catalog_version(connection, organization)
+        known = self._statements.get(organization)
+        if known is None or known[0] != version:
+            metrics = await metric_store.all_metrics(connection, organization)
+            known = (version, event_store.ingest_statements(metrics))
+            self._statements[organization] = known
+        return known[1]
+
+
+def _take(calls: deque[_Call]) -> list[_Call]:
+    """Remove from the queue what one transaction takes: up to 10,000 events, or one all-or-nothing call alone."""
+    taken: list[_Call] = []
+    events = 0
+    while calls:
+        call = calls[0]
+        if call.answer.done():  # its caller left
+            calls.popleft()
+            continue
+        if taken and (call.batch.all_or_nothing or events + len(call.batch.items) > EVENTS_MAX):
+            break
+        taken.append(calls.popleft())
+        events += len(call.batch.items)
+        if call.batch.all_or_nothing:
+            break
+    return taken
+
+
+async def _compare(connection: AsyncConnection, organization: str, events: dict[int, Event]) -> dict[int, list[str]]:
+    """Return, for each event whose id is stored, the fields in which it differs; none = the same content."""
+    if not events:
+        return {}
+    ids = sorted({event.transaction_id for event in events.values()})
+    digests = await event_store.stored_digests(connection, organization, ids)
+    same: dict[int, list[str]] = {
+        i: [] for i, event in events.items() if digests.get(event.transaction_id) == event.digest
+    }
+    other = {i: event for i, event in events.items() if i not in same and event.transaction_id in digests}
+    return same | (await event_store.differing_fields(connection, organization, other) if other else {})
+
+
+def _stored_outcome(differing: Sequence[str]) -> Outcome:
+    if not differing:
+        return DUPLICATE
+    message = (
+        f"was stored before with other content ({', '.join(differing)}); nothing changed. "
+        "Send another fact under another id"
+    )
+    return Outcome(Verdict.CONFLICT, (Violation("transaction_id", Reason.IDEMPOTENCY_CONFLICT, message),))
+
+
+def _require_all(outcomes: Sequence[Outcome]) -> None:
+    """Raise, and so roll the transaction back, unless every event is stored."""
+    for verdict in (Verdict.REJECTED, Verdict.CONFLICT):
+        violations = [
+            Violation(f"events[{i}].{violation.field}", violation.reason, violation.message)
+            for i, outcome in enumerate(outcomes)
+            if outcome.verdict is verdict
+            for violation in outcome.violations
+        ]
+        if violations and verdict is Verdict.REJECTED:
+            raise InvalidArgument(violations)
+        if violations:
+            first = violations[0]
+            raise AlreadyExists(
+                first.reason,
+                f"{first.field} {first.message}. No event of this call was stored.",
+                metadata={"field": first.field, "violations": str(len(violations))},
+                violations=violations,
+            )

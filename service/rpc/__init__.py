@@ -1,0 +1,1 @@
+"""The RPCs: wire message to domain value, one store call in one transaction, and back."""

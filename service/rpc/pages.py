@@ -1,0 +1,57 @@
+"""Signs and reads page tokens for the RPCs, with the secrets that every replica finds in the database."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.message import Message
+
+from service.database import Database
+from service.domain import pages
+from service.rpc.interceptor import organization
+from service.store.organizations import PageTokenKey, current_page_token_keys
+
+_REFRESH_S = 3600.0
+# A token with an unknown secret is a reason to look again, but not for every forged token that is sent.
+_RETRY_S = 1.0
+
+
+class PageTokens:
+    """Makes tokens that only the same organization, method and query can use, on any replica."""
+
+    def __init__(self, database: Database) -> None:
+        """Find the signing secrets in `database`."""
+        self._database = database
+        self._keys: list[PageTokenKey] = []
+        self._loaded_at = float("-inf")
+
+    async def encode(self, method: str, request: Message, state: Mapping[str, Any]) -> str:
+        """Make the token by which `request` can be continued from `state` (JSON-ready)."""
+        key = (await self._current(_REFRESH_S))[0]
+        return pages.encode(key.id, key.secret, _scope(method, request), state)
+
+    async def decode(self, method: str, request: Message, token: str) -> dict[str, Any] | None:
+        """Return the state in a token, None if it is empty; raises InvalidArgument if it is not of this query."""
+        if not token:
+            return None
+        key_id = pages.key_id(token)
+        for age in (_REFRESH_S, _RETRY_S):
+            for key in await self._current(age):
+                if key.id == key_id:
+                    return pages.decode(token, key.secret, _scope(method, request))
+        raise pages.refused()
+
+    async def _current(self, age_max: float) -> list[PageTokenKey]:
+        if time.monotonic() - self._loaded_at > age_max:
+            self._keys = await self._database.write(current_page_token_keys)
+            self._loaded_at = time.monotonic()
+        return self._keys
+
+
+def _scope(method: str, request: Message) -> str:
+    """Name what a token is bound to: everything in the request but the paging itself."""
+    query = type(request)()
+    query.CopyFrom(request)
+    query.ClearField("page_token")  # type: ignore[arg-type]  # every paged request has these two
+    query.ClearField("page_size")  # type: ignore[arg-type]
+    return f"{organization()} {method} {pages.fingerprint(query.SerializeToString(deterministic=True))}"

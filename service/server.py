@@ -1,0 +1,232 @@
+"""Owns the life of a server process: database, services, addresses, health, and the drain at its end."""
+
+import asyncio
+import contextlib
+import fcntl
+import ipaddress
+import os
+import signal
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from metering.v1 import (
+    billable_metric_pb2,
+    billable_metric_pb2_grpc,
+    customer_pb2,
+    customer_pb2_grpc,
+    event_pb2,
+    event_pb2_grpc,
+    usage_pb2,
+    usage_pb2_grpc,
+)
+from service.auth import Auth
+from service.backfill import Backfill
+from service.config import Config
+from service.database import Database, UnsafeDatabase
+from service.ingest import Ingest
+from service.migrations import is_current, upgrade
+from service.postgres import EmbeddedPostgres
+from service.rpc.billable_metrics import BillableMetricService
+from service.rpc.customers import CustomerService
+from service.rpc.events import EventService
+from service.rpc.interceptor import Interceptor
+from service.rpc.pages import PageTokens
+from service.rpc.usage import UsageService
+
+log = structlog.get_logger("metering.server")
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (event_pb2, "EventService"),
+        (billable_metric_pb2, "BillableMetricService"),
+        (customer_pb2, "CustomerService"),
+        (usage_pb2, "UsageService"),
+    )
+)
+HEALTH_PERIOD_S = 2.0
+
+_OPTIONS: Sequence[tuple[str, int]] = (
+    # Two servers on one port would share its connections by chance; the second must fail instead.
+    ("grpc.so_reuseport", 0),
+    # gRPC's own defaults drop bursts of over 1,000 calls as CANCELLED, which clients do not retry; our limits answer.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 30_000),
+    ("grpc.max_concurrent_streams", 20_000),
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+)
+
+
+class CannotServe(Exception):
+    """The server cannot start; the text says why and what to do."""
+
+
+@contextlib.asynccontextmanager
+async def serving(config: Config, database: Database) -> AsyncIterator[list[str]]:
+    """Serve `database` on the configured addresses while the block runs, then drain.
+
+    Yields the addresses with their real ports. Raises CannotServe when an address is taken or not allowed, or the
+    database is not ready for this version.
+    """
+    auth, tokens = Auth(database), PageTokens(database)
+    ingest, backfill = Ingest(database, config.time_limits), Backfill(database)
+    try:
+        await database.check(allow_unsafe=config.allow_unsafe_database)
+    except UnsafeDatabase as error:
+        raise CannotServe(str(error)) from error
+    if not await is_current(database.engine):
+        raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
+    if await auth.is_open():
+        _require_local(config.listen)
+    server = grpc.aio.server(interceptors=[Interceptor(auth, config.request_bytes_max)], options=list(_OPTIONS))
+    event_pb2_grpc.add_EventServiceServicer_to_server(EventService(database, tokens, ingest), server)
+    billable_metric_pb2_grpc.add_BillableMetricServiceServicer_to_server(
+        BillableMetricService(database, tokens, backfill.wake), server
+    )
+    customer_pb2_grpc.add_CustomerServiceServicer_to_server(CustomerService(database, tokens), server)
+    usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(database, tokens), server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    with contextlib.ExitStack() as addresses:
+        bound = [addresses.enter_context(_listen(server, address)) for address in config.listen]
+        await _set_health(health_servicer, database)
+        await server.start()
+        tasks = [asyncio.create_task(backfill.run()), asyncio.create_task(_watch_health(health_servicer, database))]
+        try:
+            yield bound
+        finally:
+            for task in tasks:
+                task.cancel()
+            await health_servicer.enter_graceful_shutdown()
+            await server.stop(config.drain.total_seconds())
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await ingest.close()
+
+
+async def serve(config: Config, ready: Callable[[list[str]], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. `ready` is called with the addresses once calls are answered.
+
+    Without a database URL an embedded Postgres runs as a child of this process. Raises CannotServe, PostgresError.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with open_database(config) as database:
+        if config.migrate or config.database_url is None:
+            await upgrade(database.engine)
+        async with serving(config, database) as addresses:
+            ready(addresses)
+            await stop.wait()
+            log.info("draining", seconds=config.drain.total_seconds())
+
+
+@contextlib.asynccontextmanager
+async def open_database(config: Config) -> AsyncIterator[Database]:
+    """Give the configured database, running the embedded Postgres around the block if there is no URL.
+
+    Raises PostgresError when that cannot be started.
+    """
+    with contextlib.ExitStack() as stack:
+        url = config.database_url
+        if url is None:
+            bin_dir = Path(config.pg_bin) if config.pg_bin else None
+            postgres = EmbeddedPostgres(config.data_dir, bin_dir=bin_dir)
+            stack.callback(postgres.stop)
+            await asyncio.to_thread(postgres.start)
+            url = postgres.url
+        database = Database(url)
+        try:
+            yield database
+        finally:
+            await database.close()
+
+
+def _require_local(addresses: Sequence[str]) -> None:
+    for address in addresses:
+        if not address.startswith("unix:") and not _is_loopback(address.rpartition(":")[0].strip("[]")):
+            raise CannotServe(
+                f"{address} can be reached from other machines, but no credentials are configured and every caller "
+                "would be an administrator. Either listen on loopback (127.0.0.1:50051) or a unix socket "
+                "(unix:/path), or make an API key first: `metering keys create`."
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def _listen(server: grpc.aio.Server, address: str) -> Iterator[str]:
+    """Bind one address while the block runs; yields it with its real port."""
+    if not address.startswith("unix:"):
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise CannotServe(f"Cannot listen on {address}: it is in use or not an address of this machine.") from error
+        yield f"{address.rpartition(':')[0]}:{port}"
+        return
+    path = Path(address.removeprefix("unix:"))
+    with _owned_socket(path):
+        # gRPC would make the socket open to every user; owner and group are enough.
+        umask = os.umask(0o117)
+        try:
+            server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise CannotServe(f"Cannot listen on {address}: is its directory there and writable?") from error
+        finally:
+            os.umask(umask)
+        yield address
+
+
+@contextlib.contextmanager
+def _owned_socket(path: Path) -> Iterator[None]:
+    """Hold a lock beside a socket path: gRPC itself would silently take a socket over from a running server."""
+    lock = path.with_name(path.name + ".lock")
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise CannotServe(f"Cannot listen on unix:{path}: {error.strerror}.") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CannotServe(f"Cannot listen on unix:{path}: another server is running there.") from error
+        if path.exists():
+            if not stat.S_ISSOCK(path.stat().st_mode):
+                raise CannotServe(f"Cannot listen on unix:{path}: there is a file that is not a socket.")
+            path.unlink()
+        yield
+    finally:
+        os.close(descriptor)
+
+
+async def _watch_health(servicer: health.aio.HealthServicer, database: Database) -> None:
+    while True:
+        await asyncio.sleep(HEALTH_PERIOD_S)
+        await _set_health(servicer, database)
+
+
+async def _set_health(servicer: health.aio.HealthServicer, database: Database) -> None:
+    """The empty name says that the process lives; each service's name that its database answers too."""
+    states = health_pb2.HealthCheckResponse.ServingStatus
+    ready = await database.ping()
+    await servicer.set("", states.SERVING)
+    for name in SERVICES:
+        await servicer.set(name, states.SERVING if ready else states.NOT_SERVING)

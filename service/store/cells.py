@@ -1,0 +1,188 @@
+"""Every statement that writes cells: adding new events to them, computing them again from the stored events, and
+comparing the two.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.metrics import Aggregation, BillableMetric
+from service.store import metric_sql
+from service.store.tables import INSTANT, usage_cells, usage_distinct_values, usage_events
+
+DISTINCT_KEY = (*metric_sql.CELL_KEY, "value_digest")
+ORGANIZATION: sa.BindParameter[str] = sa.bindparam("organization", type_=usage_cells.c.organization_id.type)
+
+
+class Mismatch(NamedTuple):
+    """A cell that differs from what its events say. None stands for a missing side."""
+
+    customer_key: str
+    cell_start: datetime
+    group_values: list[str | None]
+    stored: dict[str, Any] | None
+    computed: dict[str, Any] | None
+
+
+def stored_events(*where: sa.ColumnElement[bool], source: sa.FromClause = usage_events) -> sa.Subquery:
+    """Return the events that metrics count, of the organization bound as `organization`.
+
+    `source` is usage_events, alone or joined with what narrows it.
+    """
+    columns = usage_events.c
+    return (
+        sa.select(
+            columns.transaction_id,
+            columns.customer_key,
+            columns.event_type,
+            columns.timestamp,
+            columns.properties,
+            columns.ingested_at,
+        )
+        .select_from(source)
+        .where(columns.organization_id == ORGANIZATION, columns.voided_at.is_(None), columns.source == 0, *where)
+        .subquery("events")
+    )
+
+
+def adding(metrics: Sequence[BillableMetric], events: sa.FromClause) -> sa.Insert | None:
+    """Return the statement that adds new events to the cells of the metrics; None if there is no metric."""
+    if not metrics:
+        return None
+    rows = [metric_sql.cells(metric, events, _bucket(events), *_passed(metric, events)) for metric in metrics]
+    return metric_sql.merge_into_cells(sa.select(sa.union_all(*rows).subquery()))
+
+
+def adding_distinct(metrics: Sequence[BillableMetric], events: sa.FromClause) -> sa.Insert | None:
+    """Return the statement that adds new events to the distinct values of UNIQUE metrics; None if there is none.
+
+    It must run after `adding` in the same transaction: the lock on the cell's row then orders it against a
+    recomputation of the cell, which deletes values.
+    """
+    rows = [
+        metric_sql.distinct_values(metric, events, _bucket(events), *_passed(metric, events))
+        for metric in metrics
+        if metric.aggregation is Aggregation.UNIQUE
+    ]
+    return _insert_distinct(sa.select(sa.union_all(*rows).subquery())) if rows else None
+
+
+async def recompute(
+    connection: AsyncConnection, organization: str, metric: BillableMetric, start: datetime, end: datetime | None
+) -> None:
+    """Compute the metric's cells in `[start, end)` again from the stored events; both bounds are cell starts.
+
+    The organization's exclusive lock must be held. Running it twice changes nothing.
+    """
+    bound = {"organization": organization}
+    for table in (usage_distinct_values, usage_cells):
+        within = [table.c.cell_start >= start] + ([table.c.cell_start < end] if end else [])
+        await connection.execute(
+            sa.delete(table).where(table.c.organization_id == organization, table.c.metric_id == metric.id, *within)
+        )
+    events = _events_between(start, end)
+    await connection.execute(metric_sql.replace_cells(metric_sql.cells(metric, events, _bucket(events))), bound)
+    if metric.aggregation is Aggregation.UNIQUE:
+        await connection.execute(_insert_distinct(metric_sql.distinct_values(metric, events, _bucket(events))), bound)
+
+
+async def mismatches(
+    connection: AsyncConnection,
+    organization: str,
+    metric: BillableMetric,
+    start: datetime,
+    end: datetime,
+    *,
+    limit: int,
+) -> list[Mismatch]:
+    """Compare the metric's cells in `[start, end)` with its events, in one statement; both bounds are cell starts."""
+    events = _events_between(start, end)
+    computed = metric_sql.cells(metric, events, _bucket(events)).subquery("computed")
+    stored = (
+        sa.select(usage_cells)
+        .where(
+            usage_cells.c.organization_id == ORGANIZATION,
+            usage_cells.c.metric_id == metric.id,
+            usage_cells.c.cell_start >= start,
+            usage_cells.c.cell_start < end,
+        )
+        .subquery("stored")
+    )
+    names = list(metric_sql.MEASURES)
+    same_key = sa.and_(*(stored.c[name] == computed.c[name] for name in metric_sql.CELL_KEY))
+    differs = sa.or_(*(stored.c[name].is_distinct_from(computed.c[name]) for name in names))
+    if metric.aggregation is Aggregation.UNIQUE:
+        differs = sa.or_(differs, *_distinct_differs(metric, events, stored))
+    # A cell that voiding emptied is kept, with nothing in it: it remembers when it changed.
+    emptied = sa.and_(computed.c.metric_id.is_(None), stored.c.counted == 0, stored.c.skipped == 0)
+    query = (
+        sa.select(
+            sa.func.coalesce(stored.c.customer_key, computed.c.customer_key),
+            sa.func.coalesce(stored.c.cell_start, computed.c.cell_start),
+            sa.func.coalesce(stored.c.group_values, computed.c.group_values),
+            stored.c.metric_id.is_not(None),
+            computed.c.metric_id.is_not(None),
+            *(side.c[name].label(f"{side.name}_{name}") for side in (stored, computed) for name in names),
+        )
+        .select_from(stored.join(computed, same_key, full=True))
+        .where(differs, sa.not_(emptied))
+        .order_by(sa.text("2"), sa.text("1"))
+        .limit(limit)
+    )
+    found = []
+    for row in await connection.execute(query, {"organization": organization}):
+        values = list(row)
+        stored_values = dict(zip(names, values[5 : 5 + len(names)], strict=True)) if values[3] else None
+        computed_values = dict(zip(names, values[5 + len(names) :], strict=True)) if values[4] else None
+        found.append(Mismatch(values[0], values[1], values[2], stored_values, computed_values))
+    return found
+
+
+def _distinct_differs(
+    metric: BillableMetric, events: sa.FromClause, stored: sa.FromClause
+) -> list[sa.ColumnElement[bool]]:
+    """Conditions under which the distinct values of a stored cell are not those of its events, either way."""
+    table = usage_distinct_values
+    in_cell = (
+        table.c.organization_id == ORGANIZATION,
+        *(table.c[name] == stored.c[name] for name in metric_sql.CELL_KEY),
+    )
+    kept = sa.select(table.c.value_digest).where(*in_cell).correlate(stored)
+    values = metric_sql.distinct_values(metric, events, _bucket(events)).subquery("distinct_values")
+    true = (
+        sa.select(values.c.value_digest)
+        .where(*(values.c[name] == stored.c[name] for name in metric_sql.CELL_KEY))
+        .correlate(stored)
+    )
+    return [sa.exists(kept.except_(true).subquery().select()), sa.exists(true.except_(kept).subquery().select())]
+
+
+def _events_between(start: datetime, end: datetime | None) -> sa.Subquery:
+    columns = usage_events.c
+    bounds = [columns.timestamp >= start] + ([columns.timestamp < end] if end else [])
+    return stored_events(*bounds)
+
+
+def _bucket(events: sa.FromClause) -> sa.ColumnElement[Any]:
+    return metric_sql.cell_start(events.c.timestamp)
+
+
+def _passed(metric: BillableMetric, events: sa.FromClause) -> list[sa.ColumnElement[bool]]:
+    """Condition by which ingest leaves to the backfill what the backfill has yet to count."""
+    if metric.backfilled_until is None:
+        return []
+    return [events.c.timestamp < sa.literal(metric.backfilled_until, INSTANT)]
+
+
+def _insert_distinct(rows: sa.Select[Any]) -> sa.Insert:
+    source = rows.subquery()
+    select = sa.select(ORGANIZATION, *(source.c[name] for name in DISTINCT_KEY)).order_by(
+        *(source.c[name] for name in DISTINCT_KEY)
+    )
+    return (
+        insert(usage_distinct_values).from_select(["organization_id", *DISTINCT_KEY], select).on_conflict_do_nothing()
+    )

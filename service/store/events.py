@@ -1,0 +1,178 @@
+"""Every statement about stored events: writing a batch exactly once, and the keys that no customer owns."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.events import Event
+from service.domain.metrics import BillableMetric
+from service.store import cells
+from service.store.tables import INSTANT, customer_keys, incoming_events, usage_events
+
+INCOMING = tuple(column.name for column in incoming_events.c)
+
+_ACCEPTED: sa.BindParameter[list[str]] = sa.bindparam("accepted", type_=ARRAY(sa.Text))
+
+
+class IngestStatements(NamedTuple):
+    """What writes a batch for one version of an organization's metrics; built once per version."""
+
+    insert: sa.Select[Any]
+    distinct: sa.Insert | None
+
+
+class UnmatchedKey(NamedTuple):
+    """A customer key that events name and no customer owns, with the timestamps of its first and last event."""
+
+    key: str
+    events: int
+    first: datetime
+    last: datetime
+
+
+def ingest_statements(metrics: Sequence[BillableMetric]) -> IngestStatements:
+    """Compile the metrics into the statements that store events and count them.
+
+    The insert takes events in the order of their ids and cells in the order of their keys, events first: concurrent
+    batches wait for each other in one direction only.
+    """
+    rows = sa.select(cells.ORGANIZATION, *incoming_events.c).order_by(incoming_events.c.transaction_id)
+    new = (
+        insert(usage_events)
+        .from_select(["organization_id", *INCOMING], rows)
+        .on_conflict_do_nothing(index_elements=list(usage_events.primary_key.columns))
+        .returning(*(usage_events.c[name] for name in INCOMING if name != "digest"))
+        .cte("new_events")
+    )
+    statement = sa.select(new.c.transaction_id)
+    if (adding := cells.adding(metrics, new)) is not None:
+        statement = statement.add_cte(adding.cte("added"))
+    accepted = sa.select(incoming_events).where(incoming_events.c.transaction_id == sa.any_(_ACCEPTED)).subquery("new")
+    return IngestStatements(statement, cells.adding_distinct(metrics, accepted))
+
+
+async def insert_events(
+    connection: AsyncConnection, organization: str, statements: IngestStatements, events: Sequence[Event]
+) -> set[str]:
+    """Store and count the events whose transaction ids are new, and return these ids.
+
+    `events` holds each transaction id once. Where another transaction is storing one of the ids, this waits for its
+    end: committed, the id is not new; rolled back, it is.
+    """
+    raw = await connection.get_raw_connection()
+    driver: Any = raw.driver_connection
+    await driver.copy_records_to_table(incoming_events.name, records=events, columns=INCOMING)
+    result = await connection.execute(statements.insert, {"organization": organization})
+    accepted = set(result.scalars())
+    if accepted and statements.distinct is not None:
+        await connection.execute(statements.distinct, {"organization": organization, "accepted": list(accepted)})
+    return accepted
+
+
+async def stored_digests(
+    connection: AsyncConnection, organization: str, transaction_ids: Sequence[str]
+) -> dict[str, bytes]:
+    """Return the content digests of those of the ids that are stored.
+
+    A statement of its own, after the insert: only so it sees what a concurrent writer committed meanwhile.
+    """
+    columns = usage_events.c
+    query = sa.select(columns.transaction_id, columns.digest).where(
+        columns.organization_id == organization, columns.transaction_id == sa.any_(_texts(transaction_ids))
+    )
+    return {row.transaction_id: row.digest for row in await connection.execute(query)}
+
+
+async def differing_fields(
+    connection: AsyncConnection, organization: str, events: Mapping[int, Event]
+) -> dict[int, list[str]]:
+    """Compare events with what is stored under their ids; return the names of the fields that differ, by index.
+
+    Digests only speed the comparison up: content is what decides that two events conflict.
+    """
+    sent = (
+        sa.func.unnest(
+            sa.literal(list(events), ARRAY(sa.Integer)),
+            _texts([event.transaction_id for event in events.values()]),
+            _texts([event.customer_key for event in events.values()]),
+            _texts([event.event_type for event in events.values()]),
+            sa.literal([event.timestamp for event in events.values()], ARRAY(INSTANT)),
+            _texts([event.properties for event in events.values()]),
+        )
+        .table_valued("position", "transaction_id", "customer_key", "event_type", "timestamp", "properties")
+        .render_derived("sent")
+    )
+    stored = usage_events.c
+    query = (
+        sa.select(
+            sent.c.position,
+            (stored.customer_key != sent.c.customer_key).label("customer_id"),
+            (stored.event_type != sent.c.event_type).label("event_type"),
+            (stored.timestamp != sent.c.timestamp).label("timestamp"),
+            (stored.properties != sa.cast(sent.c.properties, JSONB)).label("properties"),
+        )
+        .select_from(sent)
+        .join(
+            usage_events,
+            sa.and_(stored.organization_id == organization, stored.transaction_id == sent.c.transaction_id),
+        )
+    )
+    rows = (await connection.execute(query)).mappings()
+    return {row["position"]: [name for name, differs in row.items() if differs is True] for row in rows}
+
+
+async def list_unmatched_keys(
+    connection: AsyncConnection, organization: str, *, after: str, limit: int
+) -> list[UnmatchedKey]:
+    """Return the keys after the one given that stored events name and no customer owns, in byte order.
+
+    Walks the index from one key to the next, so the cost grows with the number of keys and not of events.
+    """
+    events = usage_events.c
+    first = (
+        sa.select(events.customer_key)
+        .where(events.organization_id == organization, events.customer_key > after)
+        .order_by(events.customer_key)
+        .limit(1)
+        .subquery()
+    )
+    keys = sa.select(first.c.customer_key).cte("keys", recursive=True)
+    following = (
+        sa.select(events.customer_key)
+        .where(events.organization_id == organization, events.customer_key > keys.c.customer_key)
+        .order_by(events.customer_key)
+        .limit(1)
+        .scalar_subquery()
+    )
+    keys = keys.union_all(sa.select(following).where(keys.c.customer_key.is_not(None)))
+    totals = (
+        sa.select(
+            sa.func.count().label("events"),
+            sa.func.min(events.timestamp).label("first"),
+            sa.func.max(events.timestamp).label("last"),
+        )
+        .where(
+            events.organization_id == organization,
+            events.customer_key == keys.c.customer_key,
+            events.voided_at.is_(None),
+        )
+        .lateral("totals")
+    )
+    owned = sa.exists().where(
+        customer_keys.c.organization_id == organization, customer_keys.c.key == keys.c.customer_key
+    )
+    query = (
+        sa.select(keys.c.customer_key, totals.c.events, totals.c.first, totals.c.last)
+        .select_from(keys.join(totals, sa.true()))
+        .where(keys.c.customer_key.is_not(None), sa.not_(owned), totals.c.events > 0)
+        .limit(limit)
+    )
+    return [UnmatchedKey(*row) for row in await connection.execute(query)]
+
+
+def _texts(values: Sequence[str]) -> sa.BindParameter[Any]:
+    return sa.literal(list(values), ARRAY(sa.Text))

@@ -1,0 +1,244 @@
+"""Turns a billable metric into SQL: the one evaluator, used by ingest, backfill, cut cells and recomputation alike.
+
+Everything here takes `events`, anything with the columns transaction_id, customer_key, event_type, timestamp and
+properties: the stored events, or those that a statement has just inserted.
+"""
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, aggregate_order_by
+
+from service.domain.metrics import Aggregation, BillableMetric
+from service.domain.windows import CELL
+from service.store.tables import INSTANT, NUMERIC, usage_cells
+
+# The columns that `cells` yields and in which usage_cells stores them.
+MEASURES = ("counted", "skipped", "sum", "min", "max", "latest_at", "latest_transaction_id", "latest_value")
+CELL_KEY = ("metric_id", "customer_key", "cell_start", "group_digest")
+
+# A plain decimal: what `domain.quantities` prints, and what can be summed. Nothing else is ever cast to numeric.
+_DECIMAL = r"^-?[0-9]{1,38}(\.[0-9]{1,18})?$"
+_CELL_ORIGIN = sa.literal_column("TIMESTAMPTZ '0001-01-01 00:00:00+00'", INSTANT)
+_CELL_STRIDE = sa.literal_column(f"INTERVAL '{int(CELL.total_seconds())} seconds'")
+
+Columns = Any  # the columns of a FROM clause; SQLAlchemy gives them no useful static type
+
+
+def cell_start(timestamp: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    """Return the start of the cell that holds an instant."""
+    return sa.func.date_bin(_CELL_STRIDE, timestamp, _CELL_ORIGIN, type_=INSTANT)
+
+
+def digest(text: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    """Return 16 bytes of SHA-256 of a text: short enough for any index, and no two texts meet."""
+    return sa.func.substring(sa.func.sha256(sa.func.convert_to(text, "UTF8")), 1, 16, type_=BYTEA)
+
+
+def matches(metric: BillableMetric, events: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Return the condition under which the metric counts an event.
+
+    Values compare by canonical string: `->>` prints a JSON string as it is and a number as it was stored, which is its
+    canonical form; JSON null and an absent property are both NULL.
+    """
+    columns: Columns = events.c
+    conditions: list[sa.ColumnElement[bool]] = []
+    if metric.event_types:
+        conditions.append(columns.event_type == sa.any_(_texts(metric.event_types)))
+    if metric.excluded_event_types:
+        conditions.append(columns.event_type != sa.all_(_texts(metric.excluded_event_types)))
+    for one in metric.property_filters:
+        value = _property(columns, one.name)
+        if one.exists is not None:
+            conditions.append(value.is_not(None) if one.exists else value.is_(None))
+        if one.in_values:
+            conditions.append(value == sa.any_(_texts(one.in_values)))
+        if one.not_in_values:
+            # NULL (absent) passes: there is no value that is excluded.
+            conditions.append(sa.func.coalesce(value != sa.all_(_texts(one.not_in_values)), sa.true()))
+    if metric.archived_at is not None:
+        conditions.append(columns.timestamp < sa.literal(metric.archived_at, INSTANT))
+    return sa.and_(sa.true(), *conditions)
+
+
+def cells(
+    metric: BillableMetric, events: sa.FromClause, bucket: sa.ColumnElement[Any], *where: sa.ColumnElement[bool]
+) -> sa.Select[Any]:
+    """Aggregate the events that match the metric (and `where`) into cells.
+
+    `bucket` is what tells one cell of time from another. Yields metric_id, customer_key, cell_start (the bucket),
+    group_digest, group_values, the MEASURES, and updated_at if the events have ingested_at; one row per customer key,
+    bucket and values of the group properties.
+    """
+    matched = _matched(metric, events, bucket, *where)
+    columns: Columns = matched.c
+    value = columns.number if "number" in columns else None
+    counts = sa.func.count(columns.value if metric.aggregation is Aggregation.UNIQUE else value)
+    if metric.aggregation is Aggregation.COUNT:
+        counts = sa.func.count()
+    measures: dict[str, sa.ColumnElement[Any]] = {
+        "counted": counts,
+        "skipped": sa.func.count() - counts,
+        "sum": sa.null().cast(NUMERIC),
+        "min": sa.null().cast(NUMERIC),
+        "max": sa.null().cast(NUMERIC),
+        "latest_at": sa.null().cast(INSTANT),
+        "latest_transaction_id": sa.null().cast(sa.Text),
+        "latest_value": sa.null().cast(NUMERIC),
+    }
+    match metric.aggregation:
+        case Aggregation.COUNT | Aggregation.UNIQUE:
+            pass
+        case Aggregation.SUM | Aggregation.AVG:
+            measures["sum"] = sa.func.sum(value)
+        case Aggregation.MIN:
+            measures["min"] = sa.func.min(value)
+        case Aggregation.MAX:
+            measures["max"] = sa.func.max(value)
+        case Aggregation.LATEST:
+            for name, column in (
+                ("latest_at", columns.timestamp),
+                ("latest_transaction_id", columns.transaction_id),
+                ("latest_value", value),
+            ):
+                measures[name] = latest(column, columns.timestamp, columns.transaction_id, value.is_not(None))
+    if "ingested_at" in columns:
+        measures["updated_at"] = sa.func.max(columns.ingested_at)
+    return sa.select(
+        sa.literal(metric.id, sa.Uuid).label("metric_id"),
+        columns.customer_key,
+        columns.cell_start,
+        _group_digest(metric, columns.group_values).label("group_digest"),
+        columns.group_values,
+        *(expression.label(name) for name, expression in measures.items()),
+    ).group_by(columns.customer_key, columns.cell_start, columns.group_values)
+
+
+def distinct_values(
+    metric: BillableMetric, events: sa.FromClause, bucket: sa.ColumnElement[Any], *where: sa.ColumnElement[bool]
+) -> sa.Select[Any]:
+    """Yield the different values of a UNIQUE metric: metric_id, customer_key, cell_start, group_digest, group_values
+    and value_digest.
+    """
+    columns: Columns = _matched(metric, events, bucket, *where).c
+    return (
+        sa.select(
+            sa.literal(metric.id, sa.Uuid).label("metric_id"),
+            columns.customer_key,
+            columns.cell_start,
+            _group_digest(metric, columns.group_values).label("group_digest"),
+            columns.group_values,
+            digest(columns.value).label("value_digest"),
+        )
+        .where(columns.value.is_not(None))
+        .distinct()
+    )
+
+
+def latest(
+    column: sa.ColumnElement[Any],
+    at: sa.ColumnElement[Any],
+    transaction_id: sa.ColumnElement[Any],
+    present: sa.ColumnElement[bool],
+) -> sa.ColumnElement[Any]:
+    """Aggregate to the column's value at the greatest (at, transaction id in byte order) among rows `present`."""
+    order = aggregate_order_by(column, at.desc(), transaction_id.collate("C").desc())
+    ordered = sa.func.array_agg(order, type_=ARRAY(column.type)).filter(present)
+    return sa.type_coerce(ordered, ARRAY(column.type))[1]
+
+
+def merge_into_cells(rows: sa.Select[Any]) -> sa.Insert:
+    """Return the statement that adds cell rows (as `cells` yields) to the stored cells.
+
+    Rows are taken in key order: two transactions that touch the same cells lock them in the same order and cannot
+    deadlock.
+    """
+    insert = _insert_cells(rows)
+    old, new = usage_cells.c, insert.excluded
+    newer = sa.and_(
+        new.latest_at.is_not(None),
+        sa.or_(
+            old.latest_at.is_(None),
+            sa.tuple_(new.latest_at, new.latest_transaction_id) > sa.tuple_(old.latest_at, old.latest_transaction_id),
+        ),
+    )
+    return insert.on_conflict_do_update(
+        index_elements=list(usage_cells.primary_key.columns),
+        set_={
+            "counted": old.counted + new.counted,
+            "skipped": old.skipped + new.skipped,
+            # NULL is "nothing yet", so the other side stands; LEAST and GREATEST do so by themselves.
+            "sum": sa.func.coalesce(old.sum + new.sum, old.sum, new.sum),
+            "min": sa.func.least(old.min, new.min),
+            "max": sa.func.greatest(old.max, new.max),
+            **{
+                name: sa.case((newer, new[name]), else_=old[name])
+                for name in ("latest_at", "latest_transaction_id", "latest_value")
+            },
+            "updated_at": new.updated_at,
+        },
+    )
+
+
+def replace_cells(rows: sa.Select[Any]) -> sa.Insert:
+    """Return the statement that stores cell rows where none are."""
+    return _insert_cells(rows)
+
+
+def _insert_cells(rows: sa.Select[Any]) -> Any:
+    from sqlalchemy.dialects.postgresql import insert
+
+    source = rows.subquery()
+    names = [*CELL_KEY, "group_values", *MEASURES]
+    organization = sa.bindparam("organization", type_=usage_cells.c.organization_id.type)
+    select = sa.select(organization, *(source.c[name] for name in names), sa.func.clock_timestamp()).order_by(
+        *(source.c[name] for name in CELL_KEY)
+    )
+    return insert(usage_cells).from_select(["organization_id", *names, "updated_at"], select)
+
+
+def _matched(
+    metric: BillableMetric, events: sa.FromClause, bucket: sa.ColumnElement[Any], *where: sa.ColumnElement[bool]
+) -> sa.Subquery:
+    columns: Columns = events.c
+    selected = [
+        columns.transaction_id,
+        columns.customer_key,
+        columns.timestamp,
+        bucket.label("cell_start"),
+        _group_values(metric, columns).label("group_values"),
+    ]
+    if "ingested_at" in columns:
+        selected.append(columns.ingested_at)
+    if metric.aggregation_key is not None:
+        value = _property(columns, metric.aggregation_key)
+        if metric.aggregation is Aggregation.UNIQUE:
+            selected.append(value.label("value"))
+        else:
+            fits = sa.and_(value.regexp_match(_DECIMAL), sa.func.length(sa.func.translate(value, "-.", "")) <= 38)
+            # CASE, because a condition beside the cast would not keep it from running on other text.
+            selected.append(sa.case((fits, value.cast(NUMERIC))).label("number"))
+    return sa.select(*selected).where(matches(metric, events), *where).subquery()
+
+
+def _property(columns: Columns, name: str) -> sa.ColumnElement[Any]:
+    return sa.type_coerce(columns.properties.op("->>")(sa.literal(name, sa.Text)), sa.Text)
+
+
+def _group_values(metric: BillableMetric, columns: Columns) -> sa.ColumnElement[Any]:
+    if not metric.group_properties:
+        return sa.literal_column("'{}'::text[]", ARRAY(sa.Text))
+    from sqlalchemy.dialects.postgresql import array
+
+    return array([_property(columns, name) for name in metric.group_properties], type_=sa.Text)
+
+
+def _group_digest(metric: BillableMetric, group_values: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    if not metric.group_properties:
+        return sa.literal_column("''::bytea", BYTEA)
+    # The text form of an array quotes its values, so it tells NULL from 'NULL' and ('a','b,c') from ('a,b','c').
+    return digest(group_values.cast(sa.Text))
+
+
+def _texts(values: tuple[str, ...]) -> sa.BindParameter[Any]:
+    return sa.literal(list(values), ARRAY(sa.Text))

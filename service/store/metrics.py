@@ -1,0 +1,246 @@
+"""Every statement about billable metrics and the counting of their past."""
+
+import uuid
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.metrics import Aggregation, BillableMetric, PropertyFilter
+from service.domain.windows import CELL, cell_floor
+from service.errors import AlreadyExists, NotFound, Reason
+from service.store import cells, organizations
+from service.store.tables import billable_metrics, usage_events, violated_constraint
+
+# The end of a chunk is chosen so that about this many events are counted again while writers wait.
+BACKFILL_EVENTS = 20_000
+
+
+async def create_metric(connection: AsyncConnection, organization: str, metric: BillableMetric) -> BillableMetric:
+    """Store a metric, or return the stored one when it was created with the same content.
+
+    If the organization has events, the metric's past is left to `backfill_chunk`. Raises AlreadyExists when the id was
+    created with other content or the key is taken.
+    """
+    await organizations.lock_exclusive(connection, organization)
+    now, first, last = (
+        await connection.execute(
+            sa.select(
+                sa.func.clock_timestamp(),
+                *(
+                    sa.select(bound(usage_events.c.timestamp))
+                    .where(usage_events.c.organization_id == organization)
+                    .scalar_subquery()
+                    for bound in (sa.func.min, sa.func.max)
+                ),
+            )
+        )
+    ).one()
+    statement = (
+        insert(billable_metrics)
+        .values(
+            organization_id=organization,
+            id=metric.id,
+            name=metric.name,
+            key=metric.key,
+            definition=metric.definition(),
+            create_digest=metric.digest(),
+            created_at=now,
+            # Hours before the first event have nothing to count: writers may count into them at once.
+            backfilled_until=first and cell_floor(first),
+            backfill_from=first and cell_floor(first),
+            backfill_to=last and cell_floor(last) + CELL,
+        )
+        .on_conflict_do_nothing(index_elements=[billable_metrics.c.organization_id, billable_metrics.c.id])
+        .returning(billable_metrics.c.id)
+    )
+    try:
+        created = (await connection.execute(statement)).first() is not None
+    except sa.exc.IntegrityError as error:
+        if violated_constraint(error) != "billable_metrics_organization_id_key_key":
+            raise
+        raise AlreadyExists(
+            Reason.METRIC_KEY_IN_USE,
+            f"Another billable metric has the key {metric.key!r}.",
+            metadata={"key": str(metric.key)},
+        ) from error
+    if created:
+        await organizations.bump_catalog_version(connection, organization)
+    else:
+        digest = sa.select(billable_metrics.c.create_digest).where(*_one(organization, metric.id))
+        if (await connection.execute(digest)).scalar_one() != metric.digest():
+            raise AlreadyExists(
+                Reason.ID_IN_USE,
+                f"Billable metric {metric.id} was created with other content; definitions cannot change: use another id.",
+                metadata={"id": str(metric.id)},
+            )
+    return await get_metric(connection, organization, metric.id)
+
+
+async def get_metric(connection: AsyncConnection, organization: str, metric_id: uuid.UUID) -> BillableMetric:
+    """Return one metric; raises NotFound."""
+    return (await get_metrics(connection, organization, [metric_id]))[0]
+
+
+async def get_metrics(connection: AsyncConnection, organization: str, ids: Sequence[uuid.UUID]) -> list[BillableMetric]:
+    """Return the metrics with these ids, in that order; raises NotFound naming every id that has none."""
+    named = billable_metrics.c.id == sa.any_(sa.literal(list(ids), ARRAY(sa.Uuid)))
+    found = {metric.id: metric for metric in await _metrics(connection, organization, named)}
+    missing = ", ".join(str(one) for one in ids if one not in found)
+    if missing:
+        raise NotFound(
+            Reason.BILLABLE_METRIC_NOT_FOUND, f"No billable metric has the id {missing}.", metadata={"ids": missing}
+        )
+    return [found[one] for one in ids]
+
+
+async def list_metrics(
+    connection: AsyncConnection, organization: str, *, include_archived: bool, after: uuid.UUID | None, limit: int
+) -> list[BillableMetric]:
+    """Return metrics by id, after the one given."""
+    where = [] if include_archived else [billable_metrics.c.archived_at.is_(None)]
+    if after is not None:
+        where.append(billable_metrics.c.id > after)
+    return await _metrics(connection, organization, *where, limit=limit)
+
+
+async def countable_metrics(connection: AsyncConnection, organization: str) -> list[BillableMetric]:
+    """Return the metrics that "all metrics" means: neither archived nor still counting their past."""
+    columns = billable_metrics.c
+    return await _metrics(connection, organization, columns.archived_at.is_(None), columns.backfilled_until.is_(None))
+
+
+async def all_metrics(connection: AsyncConnection, organization: str) -> list[BillableMetric]:
+    """Return every metric, archived ones included: those that writers count events by."""
+    return await _metrics(connection, organization)
+
+
+async def rename_metric(
+    connection: AsyncConnection, organization: str, metric_id: uuid.UUID, name: str
+) -> BillableMetric:
+    """Give a metric another name; raises NotFound."""
+    await connection.execute(sa.update(billable_metrics).where(*_one(organization, metric_id)).values(name=name))
+    return await get_metric(connection, organization, metric_id)
+
+
+async def archive_metric(connection: AsyncConnection, organization: str, metric_id: uuid.UUID) -> BillableMetric:
+    """Archive a metric now, keeping the time of the first archiving; raises NotFound.
+
+    Events stored already with a timestamp after the archive time (they may come a day ahead) are taken out again.
+    """
+    await organizations.lock_exclusive(connection, organization)
+    statement = (
+        sa.update(billable_metrics)
+        .where(*_one(organization, metric_id), billable_metrics.c.archived_at.is_(None))
+        .values(archived_at=sa.func.clock_timestamp())
+        .returning(billable_metrics.c.archived_at)
+    )
+    archived_at = (await connection.execute(statement)).scalar_one_or_none()
+    metric = await get_metric(connection, organization, metric_id)
+    if archived_at is not None:
+        await organizations.bump_catalog_version(connection, organization)
+        # Hours that the backfill has not reached hold no cells yet; it will leave out what it must.
+        end = metric.backfilled_until
+        if end is None or end > cell_floor(archived_at):
+            await cells.recompute(connection, organization, metric, cell_floor(archived_at), end)
+    return metric
+
+
+async def backfilling(connection: AsyncConnection) -> list[tuple[str, uuid.UUID]]:
+    """Return the organization and id of every metric that is still counting its past, oldest first."""
+    columns = billable_metrics.c
+    query = (
+        sa.select(columns.organization_id, columns.id)
+        .where(columns.backfilled_until.is_not(None))
+        .order_by(columns.created_at, columns.id)
+    )
+    return [(row.organization_id, row.id) for row in await connection.execute(query)]
+
+
+async def backfill_chunk(
+    connection: AsyncConnection, organization: str, metric_id: uuid.UUID, *, events: int = BACKFILL_EVENTS
+) -> bool:
+    """Count the next hours of a metric's past; False once all of it is counted.
+
+    Writers wait meanwhile. They count an event only in hours that are done, so every event is counted once: here if it
+    was stored before its hour's turn, by its writer if after. Safe to repeat, to interrupt and to run in many replicas.
+    """
+    await organizations.lock_exclusive(connection, organization)
+    metric = await get_metric(connection, organization, metric_id)
+    start = metric.backfilled_until
+    if start is None:
+        return False
+    # The timestamps of the next events decide where the chunk ends, so that sparse history is passed in one step.
+    columns = usage_events.c
+    ahead = (
+        sa.select(columns.timestamp)
+        .where(columns.organization_id == organization, columns.timestamp >= start)
+        .order_by(columns.timestamp)
+        .limit(events)
+        .subquery()
+    )
+    first, last, number = (
+        await connection.execute(
+            sa.select(sa.func.min(ahead.c.timestamp), sa.func.max(ahead.c.timestamp), sa.func.count())
+        )
+    ).one()
+    if first is None:
+        first = last = start
+    # Fewer than asked for: these are the last ones, and no writer can add to them before this transaction ends.
+    # Else the hours that are known whole, at least one.
+    end = cell_floor(last) + CELL if number < events else max(cell_floor(last), cell_floor(first) + CELL)
+    await cells.recompute(connection, organization, metric, start, end)
+    until = None if number < events else end
+    await connection.execute(
+        sa.update(billable_metrics).where(*_one(organization, metric_id)).values(backfilled_until=until)
+    )
+    await organizations.bump_catalog_version(connection, organization)
+    return until is not None
+
+
+async def _metrics(
+    connection: AsyncConnection, organization: str, *where: sa.ColumnElement[bool], limit: int | None = None
+) -> list[BillableMetric]:
+    query = (
+        sa.select(*(column for column in billable_metrics.c if column.name not in {"organization_id", "create_digest"}))
+        .where(billable_metrics.c.organization_id == organization, *where)
+        .order_by(billable_metrics.c.id)
+        .limit(limit)
+    )
+    return [_metric(row) for row in await connection.execute(query)]
+
+
+def _one(organization: str, metric_id: uuid.UUID) -> tuple[sa.ColumnElement[bool], ...]:
+    return billable_metrics.c.organization_id == organization, billable_metrics.c.id == metric_id
+
+
+def _metric(row: "sa.Row[Any]") -> BillableMetric:
+    definition = row.definition
+    return BillableMetric(
+        id=row.id,
+        name=row.name,
+        key=row.key,
+        aggregation=Aggregation(definition["aggregation"]),
+        aggregation_key=definition["aggregation_key"],
+        event_types=tuple(definition["event_types"]),
+        excluded_event_types=tuple(definition["excluded_event_types"]),
+        property_filters=tuple(
+            PropertyFilter(one["name"], one["exists"], tuple(one["in"]), tuple(one["not_in"]))
+            for one in definition["property_filters"]
+        ),
+        group_keys=tuple(tuple(key) for key in definition["group_keys"]),
+        custom_fields=definition["custom_fields"],
+        created_at=row.created_at,
+        archived_at=row.archived_at,
+        backfilled_until=row.backfilled_until,
+        backfill_progress=_progress(row.backfilled_until, row.backfill_from, row.backfill_to),
+    )
+
+
+def _progress(until: datetime | None, start: datetime, end: datetime) -> float | None:
+    if until is None:
+        return None
+    return min(0.99, max(timedelta(0), until - start) / max(CELL, end - start))
