@@ -67,6 +67,7 @@ def read_events(lines: Iterable[bytes], report: Callable[[int], None]) -> Iterat
 def create_catalog(clients: Iterable[str]) -> None:
     """Creates the metrics and customers by which usage is read. The ids are computed, so again changes nothing."""
     import grpc
+
     from metering.v1 import billable_metric_pb2 as metrics
     from metering.v1 import billable_metric_pb2_grpc, customer_pb2, customer_pb2_grpc
 

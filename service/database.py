@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 import structlog
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.schema import CreateTable
 
@@ -194,5 +195,5 @@ def _translated(error: BaseException) -> BaseException:
 
 
 def _prepare_connection(dbapi_connection: Any, _record: Any) -> None:
-    statement = str(CreateTable(incoming_events).compile(dialect=sa.dialects.postgresql.dialect()))
+    statement = str(CreateTable(incoming_events).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
     dbapi_connection.run_async(lambda connection: connection.execute(statement))

@@ -4,6 +4,7 @@ It must not know the wire format; it takes checked events and answers with outco
 """
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ class Ingest:
         ends = [0]
         for batch in batches:
             ends.append(ends[-1] + len(batch.items))
-        return [outcomes[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+        return [outcomes[start:end] for start, end in itertools.pairwise(ends)]
 
     async def _store(
         self,

@@ -146,6 +146,23 @@ def find_binaries(configured: str | None = None) -> Path:
     )
 
 
+def running_url(data_dir: Path) -> str | None:
+    """The URL of the embedded Postgres that another process runs in `data_dir`; None if none does."""
+    try:
+        lock = os.open(data_dir.expanduser().resolve() / "lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(lock, 4096, 0).decode(errors="replace").splitlines()
+        return _url(Path(owner[1])) if len(owner) > 1 else None
+    else:
+        return None
+    finally:
+        os.close(lock)
+
+
 class EmbeddedPostgres:
     """A Postgres on private sockets, its data in `data_dir/pg<major>`, started again when it dies and gone when we are.
 
@@ -196,8 +213,7 @@ class EmbeddedPostgres:
         """The SQLAlchemy URL of the database; the same across restarts. Raises PostgresError before start()."""
         if self._sockets is None:
             raise PostgresError("The embedded Postgres is not started; call start() first.")
-        # The port is named because asyncpg would otherwise take it from PGPORT.
-        return f"postgresql+asyncpg://metering@/metering?host={quote(str(self._sockets))}&port=5432"
+        return _url(self._sockets)
 
     @property
     def pid(self) -> int | None:
@@ -385,10 +401,10 @@ class EmbeddedPostgres:
         # Commas, colons and quotes have a meaning in a list of directories and in the host of a URL.
         if len(os.fsencode(path)) > _SOCKET_PATH_LIMIT or re.search(r'[,:"\\]', path):
             self._sockets = Path(tempfile.mkdtemp(prefix=_SHORT_DIR))
-            os.pwrite(lock, f"{os.getpid()}\n{self._sockets}\n".encode(), 0)
         else:
             self._sockets.mkdir(mode=0o700)
         self._identity.own(self._sockets)
+        os.pwrite(lock, f"{os.getpid()}\n{self._sockets}\n".encode(), 0)
 
     def _create_cluster(self) -> None:
         made = self._identity.own(Path(tempfile.mkdtemp(prefix=f"{self._cluster.name}.init-", dir=self._root)))
@@ -531,6 +547,11 @@ class EmbeddedPostgres:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
+
+
+def _url(sockets: Path) -> str:
+    # The port is named because asyncpg would otherwise take it from PGPORT.
+    return f"postgresql+asyncpg://metering@/metering?host={quote(str(sockets))}&port=5432"
 
 
 def _ask(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -225,7 +225,7 @@ async def _watch_health(servicer: health.aio.HealthServicer, database: Database)
 
 async def _set_health(servicer: health.aio.HealthServicer, database: Database) -> None:
     """The empty name says that the process lives; each service's name that its database answers too."""
-    states = health_pb2.HealthCheckResponse.ServingStatus
+    states = health_pb2.HealthCheckResponse
     ready = await database.ping()
     await servicer.set("", states.SERVING)
     for name in SERVICES:

@@ -177,7 +177,7 @@ class Process:
     def __init__(self, process: subprocess.Popen[str], line: str) -> None:
         self.process = process
         self.ready_line = line
-        self.address = line.split()[-1]
+        self.address = line.rsplit(maxsplit=1)[-1]
 
     def kill(self) -> None:
         """Kill it without warning."""

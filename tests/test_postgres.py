@@ -282,11 +282,12 @@ def test_a_postgres_that_cannot_come_back_is_given_up(data_dir: Path, caplog: py
         pg.check()
 
 
-def test_stop_after_a_death_returns_at_once_and_twice(data_dir: Path) -> None:
+def test_stop_after_a_death_returns_at_once_and_twice(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     """stop() during the pause before a restart does not wait for it, leaves nothing behind, and may be repeated."""
     pg = made(data_dir)
     pg.start()
     os.kill(pg.pid or 0, signal.SIGKILL)
+    until(lambda: "Starting it again" in caplog.text)
     began = time.monotonic()
     pg.stop()
     pg.stop()

@@ -15,8 +15,8 @@ from typing import IO, Any, BinaryIO
 
 import click
 import grpc
-from metering.v1 import error_reason_pb2, event_pb2, event_pb2_grpc
 
+from metering.v1 import error_reason_pb2, event_pb2, event_pb2_grpc
 from service.cli import client
 
 MESSAGE_BYTES_MAX = 3 * 1024 * 1024

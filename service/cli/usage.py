@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 from google.protobuf.timestamp_pb2 import Timestamp
-from metering.v1 import usage_pb2, usage_pb2_grpc
 
+from metering.v1 import usage_pb2, usage_pb2_grpc
 from service.cli import client
 from service.domain import windows
 

@@ -134,7 +134,7 @@ def check_window_count(query: UsageQuery, customers: int, metrics: int) -> None:
     number = len(query.windows) * customers * metrics
     if number > WINDOWS_MAX and not query.omit_empty:
         message = (
-            f"{len(query.windows):,} windows for {customers:,} customers and {metrics:,} metrics are {number:,}; at most "
-            f"{WINDOWS_MAX:,} are allowed: narrow the range or the ids, or set omit_empty_windows"
+            f"{len(query.windows):,} windows for {customers:,} customers and {metrics:,} metrics are {number:,}; "
+            f"at most {WINDOWS_MAX:,} are allowed: narrow the range or the ids, or set omit_empty_windows"
         )
         raise invalid("window_size", Reason.WINDOW_COUNT, message)

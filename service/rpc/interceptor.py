@@ -41,7 +41,7 @@ class _Request(NamedTuple):
     size: int
 
 
-class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio ships no types for the base
+class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of every service; there is no way to a servicer around it."""
 
     def __init__(self, auth: Auth, request_bytes_max: int) -> None:

@@ -52,6 +52,6 @@ def _scope(method: str, request: Message) -> str:
     """Name what a token is bound to: everything in the request but the paging itself."""
     query = type(request)()
     query.CopyFrom(request)
-    query.ClearField("page_token")  # type: ignore[arg-type]  # every paged request has these two
-    query.ClearField("page_size")  # type: ignore[arg-type]
+    query.ClearField("page_token")
+    query.ClearField("page_size")
     return f"{organization()} {method} {pages.fingerprint(query.SerializeToString(deterministic=True))}"

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from json.encoder import encode_basestring
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -66,7 +66,7 @@ def _instant(field: str, message: Timestamp, *, required: bool, faults: list[Vio
     return found
 
 
-def _enum(field: str, number: int, names: Mapping[int, T], faults: list[Violation]) -> T | None:
+def _enum(field: str, number: Any, names: Mapping[Any, T], faults: list[Violation]) -> T | None:
     found = names.get(number)
     if found is None:
         reason = Reason.FIELD_INVALID if number else Reason.FIELD_REQUIRED
@@ -76,6 +76,8 @@ def _enum(field: str, number: int, names: Mapping[int, T], faults: list[Violatio
 
 
 # --- Events
+
+_VERDICTS = {verdict: event_pb2.Verdict.Value(f"VERDICT_{verdict.name}") for verdict in events.Verdict}
 
 
 def batch(request: event_pb2.IngestEventsRequest) -> Batch:
@@ -176,7 +178,7 @@ def _json(value: Value, path: str, faults: list[Violation]) -> str:
 def ingest_response(outcomes: Sequence[events.Outcome]) -> event_pb2.IngestEventsResponse:
     """Write the outcomes of a batch."""
     response = event_pb2.IngestEventsResponse()
-    response.verdicts.extend([outcome.verdict.value for outcome in outcomes])  # type: ignore[misc]  # same numbers
+    response.verdicts.extend([_VERDICTS[outcome.verdict] for outcome in outcomes])
     for i, outcome in enumerate(outcomes):
         for violation in outcome.violations:
             response.issues.add(
@@ -259,7 +261,7 @@ def metric(value: metrics.BillableMetric) -> billable_metric_pb2.BillableMetric:
         id=str(value.id),
         name=value.name,
         key=value.key or "",
-        aggregation_type=_AGGREGATION_NUMBERS[value.aggregation],  # type: ignore[arg-type]  # the enum's own number
+        aggregation_type=_AGGREGATION_NUMBERS[value.aggregation],
         aggregation_key=value.aggregation_key or "",
         event_type_filter=type_filter,
         property_filters=[
@@ -367,7 +369,7 @@ def customer(value: customers.Customer) -> customer_pb2.Customer:
             frequency=_FREQUENCY_NUMBERS[period.frequency],  # type: ignore[arg-type]  # the enum's own number
             anchor_date=period.anchor_date.isoformat(),
             starting_on=period.starting_on.isoformat(),
-            ending_before=period.ending_before and period.ending_before.isoformat(),
+            ending_before=period.ending_before.isoformat() if period.ending_before else None,
         ),
         custom_fields=value.custom_fields,
         create_time=timestamp(value.created_at),

@@ -2,6 +2,7 @@
 comparing the two.
 """
 
+import uuid
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -88,6 +89,17 @@ async def recompute(
     await connection.execute(metric_sql.replace_cells(metric_sql.cells(metric, events, _bucket(events))), bound)
     if metric.aggregation is Aggregation.UNIQUE:
         await connection.execute(_insert_distinct(metric_sql.distinct_values(metric, events, _bucket(events))), bound)
+
+
+async def time_span(
+    connection: AsyncConnection, organization: str, metric_id: uuid.UUID
+) -> tuple[datetime, datetime] | None:
+    """Return the starts of the metric's first and last cell."""
+    query = sa.select(sa.func.min(usage_cells.c.cell_start), sa.func.max(usage_cells.c.cell_start)).where(
+        usage_cells.c.organization_id == organization, usage_cells.c.metric_id == metric_id
+    )
+    first, last = (await connection.execute(query)).one()
+    return None if first is None else (first, last)
 
 
 async def mismatches(

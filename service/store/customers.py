@@ -107,7 +107,8 @@ async def count_customers(connection: AsyncConnection, organization: str) -> int
     query = sa.select(sa.func.count()).where(
         customers.c.organization_id == organization, customers.c.archived_at.is_(None)
     )
-    return (await connection.execute(query)).scalar_one()
+    number: int = (await connection.execute(query)).scalar_one()
+    return number
 
 
 async def update_customer(
@@ -227,7 +228,7 @@ def _billing_columns(period: BillingPeriod | None) -> dict[str, Any]:
     }
 
 
-def _customer(row: "sa.Row[Any]") -> Customer:
+def _customer(row: Any) -> Customer:
     period = None
     if row.billing_frequency is not None:
         period = BillingPeriod(

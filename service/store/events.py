@@ -15,7 +15,7 @@ from service.store.tables import INSTANT, customer_keys, incoming_events, usage_
 
 INCOMING = tuple(column.name for column in incoming_events.c)
 
-_ACCEPTED: sa.BindParameter[list[str]] = sa.bindparam("accepted", type_=ARRAY(sa.Text))
+_ACCEPTED: sa.BindParameter[Any] = sa.bindparam("accepted", type_=ARRAY(sa.Text))
 
 
 class IngestStatements(NamedTuple):
@@ -123,6 +123,15 @@ async def differing_fields(
     )
     rows = (await connection.execute(query)).mappings()
     return {row["position"]: [name for name, differs in row.items() if differs is True] for row in rows}
+
+
+async def time_span(connection: AsyncConnection, organization: str) -> tuple[datetime, datetime] | None:
+    """Return the timestamps of the first and the last stored event."""
+    query = sa.select(sa.func.min(usage_events.c.timestamp), sa.func.max(usage_events.c.timestamp)).where(
+        usage_events.c.organization_id == organization
+    )
+    first, last = (await connection.execute(query)).one()
+    return None if first is None else (first, last)
 
 
 async def list_unmatched_keys(

@@ -7,7 +7,7 @@ properties: the stored events, or those that a statement has just inserted.
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, aggregate_order_by
+from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, Insert, aggregate_order_by, array, insert
 
 from service.domain.metrics import Aggregation, BillableMetric
 from service.domain.windows import CELL
@@ -20,7 +20,7 @@ CELL_KEY = ("metric_id", "customer_key", "cell_start", "group_digest")
 # A plain decimal: what `domain.quantities` prints, and what can be summed. Nothing else is ever cast to numeric.
 _DECIMAL = r"^-?[0-9]{1,38}(\.[0-9]{1,18})?$"
 _CELL_ORIGIN = sa.literal_column("TIMESTAMPTZ '0001-01-01 00:00:00+00'", INSTANT)
-_CELL_STRIDE = sa.literal_column(f"INTERVAL '{int(CELL.total_seconds())} seconds'")
+_CELL_STRIDE: sa.ColumnClause[Any] = sa.literal_column(f"INTERVAL '{int(CELL.total_seconds())} seconds'")
 
 Columns = Any  # the columns of a FROM clause; SQLAlchemy gives them no useful static type
 
@@ -72,7 +72,7 @@ def cells(
     """
     matched = _matched(metric, events, bucket, *where)
     columns: Columns = matched.c
-    value = columns.number if "number" in columns else None
+    value = columns.number if "number" in columns else sa.null()
     counts = sa.func.count(columns.value if metric.aggregation is Aggregation.UNIQUE else value)
     if metric.aggregation is Aggregation.COUNT:
         counts = sa.func.count()
@@ -147,14 +147,14 @@ def latest(
     return sa.type_coerce(ordered, ARRAY(column.type))[1]
 
 
-def merge_into_cells(rows: sa.Select[Any]) -> sa.Insert:
+def merge_into_cells(rows: sa.Select[Any]) -> Insert:
     """Return the statement that adds cell rows (as `cells` yields) to the stored cells.
 
     Rows are taken in key order: two transactions that touch the same cells lock them in the same order and cannot
     deadlock.
     """
-    insert = _insert_cells(rows)
-    old, new = usage_cells.c, insert.excluded
+    statement = _insert_cells(rows)
+    old, new = usage_cells.c, statement.excluded
     newer = sa.and_(
         new.latest_at.is_not(None),
         sa.or_(
@@ -162,7 +162,7 @@ def merge_into_cells(rows: sa.Select[Any]) -> sa.Insert:
             sa.tuple_(new.latest_at, new.latest_transaction_id) > sa.tuple_(old.latest_at, old.latest_transaction_id),
         ),
     )
-    return insert.on_conflict_do_update(
+    return statement.on_conflict_do_update(
         index_elements=list(usage_cells.primary_key.columns),
         set_={
             "counted": old.counted + new.counted,
@@ -180,14 +180,12 @@ def merge_into_cells(rows: sa.Select[Any]) -> sa.Insert:
     )
 
 
-def replace_cells(rows: sa.Select[Any]) -> sa.Insert:
+def replace_cells(rows: sa.Select[Any]) -> Insert:
     """Return the statement that stores cell rows where none are."""
     return _insert_cells(rows)
 
 
-def _insert_cells(rows: sa.Select[Any]) -> Any:
-    from sqlalchemy.dialects.postgresql import insert
-
+def _insert_cells(rows: sa.Select[Any]) -> Insert:
     source = rows.subquery()
     names = [*CELL_KEY, "group_values", *MEASURES]
     organization = sa.bindparam("organization", type_=usage_cells.c.organization_id.type)
@@ -228,8 +226,6 @@ def _property(columns: Columns, name: str) -> sa.ColumnElement[Any]:
 def _group_values(metric: BillableMetric, columns: Columns) -> sa.ColumnElement[Any]:
     if not metric.group_properties:
         return sa.literal_column("'{}'::text[]", ARRAY(sa.Text))
-    from sqlalchemy.dialects.postgresql import array
-
     return array([_property(columns, name) for name in metric.group_properties], type_=sa.Text)
 
 

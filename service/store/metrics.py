@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.domain.metrics import Aggregation, BillableMetric, PropertyFilter
 from service.domain.windows import CELL, cell_floor
 from service.errors import AlreadyExists, NotFound, Reason
-from service.store import cells, organizations
+from service.store import cells, events, organizations
 from service.store.tables import billable_metrics, usage_events, violated_constraint
 
 # The end of a chunk is chosen so that about this many events are counted again while writers wait.
@@ -26,19 +26,7 @@ async def create_metric(connection: AsyncConnection, organization: str, metric: 
     created with other content or the key is taken.
     """
     await organizations.lock_exclusive(connection, organization)
-    now, first, last = (
-        await connection.execute(
-            sa.select(
-                sa.func.clock_timestamp(),
-                *(
-                    sa.select(bound(usage_events.c.timestamp))
-                    .where(usage_events.c.organization_id == organization)
-                    .scalar_subquery()
-                    for bound in (sa.func.min, sa.func.max)
-                ),
-            )
-        )
-    ).one()
+    first, last = await events.time_span(connection, organization) or (None, None)
     statement = (
         insert(billable_metrics)
         .values(
@@ -48,7 +36,7 @@ async def create_metric(connection: AsyncConnection, organization: str, metric: 
             key=metric.key,
             definition=metric.definition(),
             create_digest=metric.digest(),
-            created_at=now,
+            created_at=sa.func.clock_timestamp(),
             # Hours before the first event have nothing to count: writers may count into them at once.
             backfilled_until=first and cell_floor(first),
             backfill_from=first and cell_floor(first),
@@ -74,7 +62,7 @@ async def create_metric(connection: AsyncConnection, organization: str, metric: 
         if (await connection.execute(digest)).scalar_one() != metric.digest():
             raise AlreadyExists(
                 Reason.ID_IN_USE,
-                f"Billable metric {metric.id} was created with other content; definitions cannot change: use another id.",
+                f"Billable metric {metric.id} was created with other content, which cannot change: use a new id.",
                 metadata={"id": str(metric.id)},
             )
     return await get_metric(connection, organization, metric.id)
@@ -101,7 +89,7 @@ async def list_metrics(
     connection: AsyncConnection, organization: str, *, include_archived: bool, after: uuid.UUID | None, limit: int
 ) -> list[BillableMetric]:
     """Return metrics by id, after the one given."""
-    where = [] if include_archived else [billable_metrics.c.archived_at.is_(None)]
+    where: list[sa.ColumnElement[bool]] = [] if include_archived else [billable_metrics.c.archived_at.is_(None)]
     if after is not None:
         where.append(billable_metrics.c.id > after)
     return await _metrics(connection, organization, *where, limit=limit)
@@ -161,7 +149,7 @@ async def backfilling(connection: AsyncConnection) -> list[tuple[str, uuid.UUID]
 
 
 async def backfill_chunk(
-    connection: AsyncConnection, organization: str, metric_id: uuid.UUID, *, events: int = BACKFILL_EVENTS
+    connection: AsyncConnection, organization: str, metric_id: uuid.UUID, *, events_max: int = BACKFILL_EVENTS
 ) -> bool:
     """Count the next hours of a metric's past; False once all of it is counted.
 
@@ -179,7 +167,7 @@ async def backfill_chunk(
         sa.select(columns.timestamp)
         .where(columns.organization_id == organization, columns.timestamp >= start)
         .order_by(columns.timestamp)
-        .limit(events)
+        .limit(events_max)
         .subquery()
     )
     first, last, number = (
@@ -191,9 +179,9 @@ async def backfill_chunk(
         first = last = start
     # Fewer than asked for: these are the last ones, and no writer can add to them before this transaction ends.
     # Else the hours that are known whole, at least one.
-    end = cell_floor(last) + CELL if number < events else max(cell_floor(last), cell_floor(first) + CELL)
+    end = cell_floor(last) + CELL if number < events_max else max(cell_floor(last), cell_floor(first) + CELL)
     await cells.recompute(connection, organization, metric, start, end)
-    until = None if number < events else end
+    until = None if number < events_max else end
     await connection.execute(
         sa.update(billable_metrics).where(*_one(organization, metric_id)).values(backfilled_until=until)
     )

@@ -52,7 +52,8 @@ async def catalog_version(connection: AsyncConnection, organization: str) -> int
     commits made before it began, and the lock may have waited for one.
     """
     query = sa.select(organizations.c.catalog_version).where(organizations.c.id == organization)
-    return (await connection.execute(query)).scalar_one()
+    version: int = (await connection.execute(query)).scalar_one()
+    return version
 
 
 async def bump_catalog_version(connection: AsyncConnection, organization: str) -> None:

@@ -209,7 +209,7 @@ class _Reader:
             )
             .limit(1)
         )
-        found = [in_cells.correlate(customers, metric).scalar_subquery().is_not(None)]
+        found: list[sa.ColumnElement[bool]] = [in_cells.correlate(customers, metric).scalar_subquery().is_not(None)]
         for one, span in ((one, span) for one in self.metrics.values() for span in _cut([(query.start, query.end)])):
             events = _events_in([span])
             in_events = (
@@ -236,7 +236,7 @@ class _Reader:
             statement = statement.where(customers.c.archived_at.is_(None))
         else:
             statement = statement.where(customers.c.id == sa.any_(_uuids(self.query.customers)))
-        return [Pair(*row) for row in await self._execute(statement)]
+        return [Pair(row[0], row[1]) for row in await self._execute(statement)]
 
     async def next_used(self, pair: Pair, instant: datetime) -> datetime | None:
         """Return the first instant from `instant` on that can hold usage of the pair; None if there is none."""
@@ -320,7 +320,7 @@ class _Reader:
         pieces = self._pieces(pairs, bounds).subquery("pieces")
         group_value = pieces.c.group_values[place].collate("C")
         key = [pieces.c.customer_id, pieces.c.metric_id, pieces.c.window]
-        wanted = group_value.is_not(None)
+        wanted: sa.ColumnElement[bool] = group_value.is_not(None)
         if selected.group_by and selected.group_by.values:
             wanted = group_value == sa.any_(sa.literal(list(selected.group_by.values), ARRAY(sa.Text)))
         totals = (
@@ -451,8 +451,9 @@ class _Reader:
     def _metrics_of(self, pairs: Sequence[Pair]) -> list[BillableMetric]:
         return [self.metrics[metric_id].metric for metric_id in sorted({pair.metric_id for pair in pairs})]
 
-    async def _execute(self, statement: sa.Select[Any]) -> "Sequence[sa.Row[Any]]":
-        return (await self.connection.execute(statement, {"organization": self.organization})).all()
+    async def _execute(self, statement: sa.Select[Any]) -> Sequence[Any]:
+        rows: Sequence[Any] = (await self.connection.execute(statement, {"organization": self.organization})).all()
+        return rows
 
 
 def _totals(pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:

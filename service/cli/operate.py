@@ -1,0 +1,335 @@
+"""The operator's commands: run the server, prepare and check its database, make organizations and API keys."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import sqlalchemy as sa
+import structlog
+
+from service.auth import new_api_key
+from service.config import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Config
+from service.database import Database, UnsafeDatabase
+from service.domain.events import TimeLimits
+from service.errors import MeteringError
+from service.migrations import upgrade
+from service.postgres import PostgresError, running_url
+from service.server import CannotServe, open_database
+from service.server import serve as run_server
+from service.store import organizations
+from service.store.organizations import DEFAULT_ORGANIZATION
+from service.verify import Finding, verify_cells
+
+Result = TypeVar("Result")
+
+_EPILOG = "Every option can be set by its environment variable too; the flag wins."
+
+
+def _database_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.option(
+            "--database-url",
+            envvar="METERING_DATABASE_URL",
+            help="A Postgres 15 or newer, postgresql://user@host/name. Without it an embedded Postgres is run.",
+        ),
+        click.option(
+            "--data-dir",
+            envvar="METERING_DATA_DIR",
+            type=click.Path(path_type=Path, file_okay=False),
+            default=DEFAULT_DATA_DIR,
+            show_default=True,
+            help="Where the embedded Postgres keeps its data.",
+        ),
+        click.option(
+            "--pg-bin",
+            envvar="METERING_PG_BIN",
+            help="Directory of the Postgres programs to run embedded. Default: those of the `embedded` extra.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(epilog=_EPILOG)
+@click.option(
+    "--listen",
+    envvar="METERING_LISTEN",
+    multiple=True,
+    default=(DEFAULT_ADDRESS,),
+    show_default=True,
+    help="host:port or unix:/path; repeatable (several in the variable: divided by blanks). Port 0 = a free one.",
+)
+@_database_options
+@click.option("--migrate", envvar="METERING_MIGRATE", is_flag=True, help="Run `metering migrate` first.")
+@click.option(
+    "--max-event-age",
+    envvar="METERING_MAX_EVENT_AGE",
+    type=click.FloatRange(min=0),
+    help="Refuse new events older than this many hours. Default: any age is taken.",
+)
+@click.option(
+    "--max-event-lead",
+    envvar="METERING_MAX_EVENT_LEAD",
+    type=click.FloatRange(min=0, max=24 * 366),
+    default=24.0,
+    show_default=True,
+    help="Refuse new events this many hours ahead of the clock.",
+)
+@click.option(
+    "--drain",
+    envvar="METERING_DRAIN",
+    type=click.FloatRange(min=0),
+    default=20.0,
+    show_default=True,
+    help="Seconds that calls in flight may go on after SIGTERM.",
+)
+@click.option(
+    "--allow-unsafe-database",
+    envvar="METERING_ALLOW_UNSAFE_DATABASE",
+    is_flag=True,
+    help="Serve a database that can lose acknowledged events (fsync off). For tests only.",
+)
+def serve(
+    listen: tuple[str, ...],
+    database_url: str | None,
+    data_dir: Path,
+    pg_bin: str | None,
+    migrate: bool,
+    max_event_age: float | None,
+    max_event_lead: float,
+    drain: float,
+    allow_unsafe_database: bool,
+) -> None:
+    """Run the server until SIGTERM or Ctrl-C.
+
+    With no options it keeps its data in an embedded Postgres and listens on loopback. Without any API key every caller
+    is an administrator of the organization `default`, and only loopback and unix sockets are allowed; the first
+    `metering keys create` ends that.
+    """
+    age = None if max_event_age is None else timedelta(hours=max_event_age)
+    config = Config(
+        listen=listen,
+        database_url=database_url,
+        data_dir=data_dir,
+        pg_bin=pg_bin,
+        migrate=migrate,
+        allow_unsafe_database=allow_unsafe_database,
+        drain=timedelta(seconds=drain),
+        time_limits=TimeLimits(ahead=timedelta(hours=max_event_lead), oldest=age),
+    )
+    _log_to_stderr()
+
+    def ready(addresses: list[str]) -> None:
+        click.echo(f"metering is ready on {' '.join(addresses)}")
+
+    run(run_server(config, ready))
+
+
+@click.command(epilog=_EPILOG)
+@_database_options
+def migrate(database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
+    """Bring the database to this version's tables. Safe to repeat, and to run beside servers and other migrations."""
+
+    async def work(database: Database) -> None:
+        await upgrade(database.engine)
+
+    _with_database(database_url, data_dir, pg_bin, work, migrated=False)
+    click.echo("The database is up to date.")
+
+
+@click.command(epilog=_EPILOG)
+@_database_options
+@click.option("--org", help="Only this organization. Default: all.")
+@click.option("--metric", "metric_id", type=click.UUID, help="Only this billable metric. Default: all.")
+@click.option("--from", "start", type=click.DateTime(), help="From this UTC time on. Default: the first event.")
+@click.option("--to", "end", type=click.DateTime(), help="Before this UTC time. Default: after the last event.")
+@click.option("--repair", is_flag=True, help="Compute wrong cells again from the raw events.")
+def verify(
+    database_url: str | None,
+    data_dir: Path,
+    pg_bin: str | None,
+    org: str | None,
+    metric_id: Any,
+    start: datetime | None,
+    end: datetime | None,
+    repair: bool,
+) -> None:
+    """Compare stored aggregates with the raw events; exits 1 if any differ (and 0 once repaired).
+
+    Each stretch of time is compared in one snapshot, so it may run beside servers.
+    """
+    findings: list[Finding] = []
+
+    def found(finding: Finding) -> None:
+        findings.append(finding)
+        click.echo(str(finding))
+
+    async def work(database: Database) -> int:
+        return await verify_cells(
+            database, found, organization=org, metric_id=metric_id, start=start, end=end, repair=repair
+        )
+
+    metrics = _with_database(database_url, data_dir, pg_bin, work)
+    if not findings:
+        click.echo(f"{metrics} metrics checked: every stored aggregate is what its events say.")
+    elif repair:
+        click.echo(f"{metrics} metrics checked: {len(findings)} cells were wrong and are repaired.")
+    else:
+        click.echo(f"{metrics} metrics checked: {len(findings)} cells are wrong. Run again with --repair.")
+        raise SystemExit(1)
+
+
+@click.group()
+def orgs() -> None:
+    """Make and list organizations: the tenants, none of which sees another's data."""
+
+
+@orgs.command("create")
+@click.argument("name")
+@_database_options
+def create_org(name: str, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
+    """Make an organization; its name is its id: 1..63 of a-z, 0-9 and -, beginning with a letter."""
+    if not _is_organization_name(name):
+        raise click.BadParameter("1..63 of a-z, 0-9 and -, beginning with a letter", param_hint="NAME")
+    created = _with_database(
+        database_url,
+        data_dir,
+        pg_bin,
+        lambda database: database.write(lambda c: organizations.create_organization(c, name)),
+    )
+    click.echo(f"Organization {name} {'created' if created else 'exists already'}.")
+
+
+@orgs.command("list")
+@_database_options
+def list_orgs(database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
+    """List every organization."""
+    for name in _with_database(
+        database_url, data_dir, pg_bin, lambda database: database.read(organizations.list_organizations)
+    ):
+        click.echo(name)
+
+
+@click.group()
+def keys() -> None:
+    """Make, list and revoke API keys. The first key ends open mode: from then on every call needs one."""
+
+
+@keys.command("create")
+@click.option("--org", default=DEFAULT_ORGANIZATION, show_default=True, help="The organization that its calls act for.")
+@click.option("--name", default="", help="For people: who holds it.")
+@_database_options
+def create_key(org: str, name: str, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
+    """Make an API key and print it, once: only a hash of it is kept."""
+    key = new_api_key()
+
+    async def work(database: Database) -> None:
+        try:
+            await database.write(lambda c: organizations.create_api_key(c, org, key.id, name, key.secret_hash))
+        except sa.exc.IntegrityError as error:
+            raise click.ClickException(f"There is no organization {org!r}; see `metering orgs list`.") from error
+
+    _with_database(database_url, data_dir, pg_bin, work)
+    click.echo(key.text)
+    click.echo("Send it as `authorization: Bearer <key>`. It is not shown again.", err=True)
+
+
+@keys.command("list")
+@click.option("--org", default=DEFAULT_ORGANIZATION, show_default=True, help="The organization.")
+@_database_options
+def list_keys(org: str, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
+    """List an organization's API keys by their public ids."""
+    for key in _with_database(
+        database_url, data_dir, pg_bin, lambda database: database.read(lambda c: organizations.list_api_keys(c, org))
+    ):
+        state = f"revoked {key.revoked_at:%Y-%m-%d %H:%M}Z" if key.revoked_at else "active"
+        click.echo(f"{key.id}  created {key.created_at:%Y-%m-%d %H:%M}Z  {state}  {key.name}".rstrip())
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+@click.option("--org", default=DEFAULT_ORGANIZATION, show_default=True, help="The organization.")
+@_database_options
+def revoke_key(key_id: str, org: str, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
+    """Revoke an API key by its public id; every server refuses it within seconds. Cannot be undone."""
+    if not _with_database(
+        database_url,
+        data_dir,
+        pg_bin,
+        lambda database: database.write(lambda c: organizations.revoke_api_key(c, org, key_id)),
+    ):
+        raise click.ClickException(f"Organization {org!r} has no key {key_id!r}; see `metering keys list`.")
+    click.echo(f"Key {key_id} is revoked.")
+
+
+def _is_organization_name(name: str) -> bool:
+    allowed = set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    return 0 < len(name) <= 63 and set(name) <= allowed and name[0].isalpha()
+
+
+def _with_database(
+    database_url: str | None,
+    data_dir: Path,
+    pg_bin: str | None,
+    work: Callable[[Database], Awaitable[Result]],
+    *,
+    migrated: bool = True,
+) -> Result:
+    """Run `work` on the configured database, its schema brought up to date first if it is the embedded one."""
+    # Beside a running server the embedded Postgres is up already, and has one owner: use that one.
+    database_url = database_url or running_url(data_dir)
+    config = replace(Config(), database_url=database_url, data_dir=data_dir, pg_bin=pg_bin)
+
+    async def connected() -> Result:
+        async with open_database(config) as database:
+            if migrated and database_url is None:
+                await upgrade(database.engine)
+            return await work(database)
+
+    return run(connected())
+
+
+def run(work: Awaitable[Result]) -> Result:
+    """Run an operator's work; what an operator can mend is told in one line."""
+
+    async def main() -> Result:
+        return await work
+
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(main())
+    except (CannotServe, PostgresError, UnsafeDatabase, MeteringError) as error:
+        raise click.ClickException(str(error)) from error
+    except (OSError, sa.exc.DBAPIError) as error:
+        cause = getattr(error, "orig", error)
+        raise click.ClickException(f"The database cannot be used: {cause}") from error
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not on every platform
+        return None
+    return uvloop.new_event_loop
+
+
+def _log_to_stderr() -> None:
+    # gRPC's C core logs by itself; errors are enough, as calls report their own.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
