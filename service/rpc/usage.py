@@ -4,12 +4,10 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from metering.v1 import usage_pb2, usage_pb2_grpc
 from service.database import Database
 from service.domain import pages
-from service.domain.usage import PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX, Position, UsagePage
+from service.domain.usage import PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX, Position
 from service.rpc import wire
 from service.rpc.interceptor import Context, organization
 from service.rpc.pages import PageTokens
@@ -30,12 +28,9 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         state = await self._tokens.decode("ListUsage", request, request.page_token)
         read_time = datetime.fromisoformat(state["read_time"]) if state else datetime.now(UTC)
         begin = _position(state) if state else None
-
-        async def read(connection: AsyncConnection) -> UsagePage:
-            metrics = await store.open_query(connection, org, query)
-            return await store.usage_page(connection, org, query, metrics, begin, limit)
-
-        page = await self._database.read(read, timeout_s=context.time_remaining())
+        page = await self._database.read(
+            lambda c: store.usage_page(c, org, query, begin, limit), timeout_s=context.time_remaining()
+        )
         response = usage_pb2.ListUsageResponse(windows=[wire.usage_window(one, read_time) for one in page.windows])
         if page.following is not None:
             state = _state(page.following, read_time)

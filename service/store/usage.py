@@ -58,56 +58,19 @@ class Selected:
     group_by: GroupBy | None = None
 
 
-async def open_query(connection: AsyncConnection, organization: str, query: UsageQuery) -> list[Selected]:
-    """Check what a query names and return its metrics, or all that "all" means.
-
-    Raises NotFound for unknown ids, FailedPrecondition for a named metric that is still counting its past, and
-    InvalidArgument for an undeclared group key or too many windows.
-    """
-    if query.customers is not None:
-        missing = await customer_store.missing_customers(connection, organization, query.customers)
-        if missing:
-            raise customer_store.not_found(missing)
-    if query.metrics is None:
-        selected = [Selected(metric) for metric in await metric_store.countable_metrics(connection, organization)]
-    else:
-        found = await metric_store.get_metrics(connection, organization, [one.id for one in query.metrics])
-        _require_backfilled(found)
-        check_groups(query.metrics, found)
-        selected = [Selected(metric, one.group_by) for metric, one in zip(found, query.metrics, strict=True)]
-    customers_number = len(query.customers or ())
-    # Only a query over all customers needs them counted, and only if their number could matter.
-    if query.customers is None and not query.omit_empty:
-        customers_number = await customer_store.count_customers(connection, organization)
-    check_window_count(query, customers_number, len(selected))
-    return selected
-
-
-def _require_backfilled(metrics: Sequence[BillableMetric]) -> None:
-    unfinished = [metric for metric in metrics if metric.backfilled_until is not None]
-    if unfinished:
-        named = ", ".join(str(metric.id) for metric in unfinished)
-        progress = min(metric.backfill_progress or 0.0 for metric in unfinished)
-        raise FailedPrecondition(
-            Reason.METRIC_BACKFILLING,
-            f"Billable metric {named} is still counting events of the past ({progress:.0%} done); ask again soon.",
-            metadata={"ids": named, "progress": f"{progress:.2f}"},
-            retry_after_s=1,
-        )
-
-
 async def usage_page(
     connection: AsyncConnection,
     organization: str,
     query: UsageQuery,
-    metrics: Sequence[Selected],
     begin: Position | None,
     limit: int,
 ) -> UsagePage:
-    """Return up to `limit` windows (and about 1 MiB) of the query from `begin` on.
+    """Return up to `limit` windows (and about 1 MiB) of the query from `begin` on. Must run in one snapshot.
 
-    `metrics` are the query's, or all that "all" means. Must run in one snapshot.
+    Raises NotFound for unknown ids, FailedPrecondition for a named metric that is still counting its past, and
+    InvalidArgument for an undeclared group key or too many windows.
     """
+    metrics = await _selected(connection, organization, query)
     reader = _Reader(connection, organization, query, {one.metric.id: one for one in metrics})
     windows: list[UsageWindow] = []
     size = 0
@@ -145,6 +108,40 @@ async def usage_page(
         if len(windows) >= limit or size >= PAGE_BYTES_MAX:
             more = following < number or await reader.pairs(position)
             return UsagePage(windows, position if more else None)
+
+
+async def _selected(connection: AsyncConnection, organization: str, query: UsageQuery) -> list[Selected]:
+    """Check what a query names and return its metrics, or all that "all" means."""
+    if query.customers is not None:
+        missing = await customer_store.missing_customers(connection, organization, query.customers)
+        if missing:
+            raise customer_store.not_found(missing)
+    if query.metrics is None:
+        selected = [Selected(metric) for metric in await metric_store.countable_metrics(connection, organization)]
+    else:
+        found = await metric_store.get_metrics(connection, organization, [one.id for one in query.metrics])
+        _require_backfilled(found)
+        check_groups(query.metrics, found)
+        selected = [Selected(metric, one.group_by) for metric, one in zip(found, query.metrics, strict=True)]
+    customers_number = len(query.customers or ())
+    # Only a query over all customers needs them counted, and only if their number could matter.
+    if query.customers is None and not query.omit_empty:
+        customers_number = await customer_store.count_customers(connection, organization)
+    check_window_count(query, customers_number, len(selected))
+    return selected
+
+
+def _require_backfilled(metrics: Sequence[BillableMetric]) -> None:
+    unfinished = [metric for metric in metrics if metric.backfilled_until is not None]
+    if unfinished:
+        named = ", ".join(str(metric.id) for metric in unfinished)
+        progress = min(metric.backfill_progress or 0.0 for metric in unfinished)
+        raise FailedPrecondition(
+            Reason.METRIC_BACKFILLING,
+            f"Billable metric {named} is still counting events of the past ({progress:.0%} done); ask again soon.",
+            metadata={"ids": named, "progress": f"{progress:.2f}"},
+            retry_after_s=1,
+        )
 
 
 @dataclass(frozen=True, slots=True)
