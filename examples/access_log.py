@@ -90,9 +90,8 @@ def create_catalog(clients: Iterable[str]) -> None:
             print(f"metric    {metric.id}  {name}")
         create_customer = customer_pb2_grpc.CustomerServiceStub(channel).CreateCustomer
         for name in dict.fromkeys(clients):
-            customer = customer_pb2.Customer(
-                id=str(uuid.uuid5(IDS, f"customer {name}")), name=name, ingest_aliases=[name]
-            )
+            customer_id = str(uuid.uuid5(IDS, f"customer {name}"))
+            customer = customer_pb2.Customer(id=customer_id, name=name, ingest_aliases=[name])
             create_customer(customer_pb2.CreateCustomerRequest(customer=customer), **call)
             print(f"customer  {customer.id}  {name}")
 

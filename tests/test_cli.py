@@ -385,6 +385,15 @@ def test_refusal_is_not_retried_and_is_explained(server: Server) -> None:
     assert result.stderr.endswith("error: INVALID_ARGUMENT (LIMIT_EXCEEDED): bad request\n  events: too many\n")
 
 
+def test_a_message_that_is_its_violation_is_told_once(server: Server) -> None:
+    """A violation that stands in the message word for word is not printed a second time."""
+    violation = error_details_pb2.BadRequest.FieldViolation(field="events", description="too many")
+    detail = error_details_pb2.BadRequest(field_violations=[violation])
+    refusal = Refusal(grpc.StatusCode.INVALID_ARGUMENT, "events: too many", (detail,))
+    result = server.run(["ingest", "-"], INGEST, in_turn(refusal), lines(1))
+    assert result.stderr.count("events: too many") == 1
+
+
 def test_wrong_key_gets_a_hint(server: Server) -> None:
     """UNAUTHENTICATED points at --api-key and does not repeat the key."""
     refusal = Refusal(grpc.StatusCode.UNAUTHENTICATED)

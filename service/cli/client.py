@@ -173,7 +173,8 @@ def print_error(error: grpc.RpcError, target: Target) -> None:
             violations += [f"{fault.field}: {fault.description}" for fault in bad_request.field_violations]
     click.echo(printable(f"error: {code.name}{f' ({reason})' if reason else ''}: {status.details()}"), err=True)
     for violation in violations:
-        click.echo(printable(f"  {violation}"), err=True)
+        if violation not in (status.details() or ""):  # a lone violation is often the whole message
+            click.echo(printable(f"  {violation}"), err=True)
     hint = _hint(code, reason, target)
     if hint:
         click.echo(f"hint: {hint}", err=True)
