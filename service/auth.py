@@ -1,15 +1,20 @@
 """Owns the answer to "whose call is this?", and how API keys are made and checked."""
 
+import asyncio
 import hmac
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.database import Database
 from service.errors import Reason, Unauthenticated
 from service.store import organizations
+
+Answer = TypeVar("Answer")
 
 # How long a checked credential, or the absence of any, is trusted without asking the database again: the time that
 # a revocation, or the first key, may take to be felt.
@@ -51,6 +56,8 @@ class Auth:
         self._database = database
         self._trusted: dict[str, _Trusted] = {}
         self._open_until = 0.0
+        # Look-ups under way: a burst of calls with one credential asks the database once.
+        self._asking: dict[str, asyncio.Task[Any]] = {}
 
     async def organization(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
         """Return the organization that a call with this metadata belongs to.
@@ -74,7 +81,8 @@ class Auth:
 
     async def is_open(self) -> bool:
         """Say whether no API key was ever made; true answers are trusted for a moment."""
-        if await self._database.read(organizations.any_api_key):
+        # The empty text is no key's id.
+        if await self._ask("", organizations.any_api_key):
             return False
         self._open_until = time.monotonic() + TRUST_S
         return True
@@ -96,7 +104,7 @@ class Auth:
         self._trusted.pop(key_id, None)
         if len(key_id) > 64 or "\0" in key_id:
             return None
-        stored = await self._database.read(lambda connection: organizations.find_api_key(connection, key_id))
+        stored = await self._ask(key_id, lambda connection: organizations.find_api_key(connection, key_id))
         if stored is None or stored.revoked_at is not None:
             return None
         if len(self._trusted) >= _CACHE_MAX:
@@ -104,6 +112,20 @@ class Auth:
         trusted = _Trusted(stored.organization, stored.secret_hash, time.monotonic() + TRUST_S)
         self._trusted[key_id] = trusted
         return trusted
+
+    async def _ask(self, key_id: str, work: Callable[[AsyncConnection], Awaitable[Answer]]) -> Answer:
+        task: asyncio.Task[Answer] | None = self._asking.get(key_id)
+        if task is None:
+            task = asyncio.create_task(self._database.read(work))
+            self._asking[key_id] = task
+            task.add_done_callback(lambda done: self._answered(key_id, done))
+        # Shielded: a caller that leaves must not take the answer from those that wait with it.
+        return await asyncio.shield(task)
+
+    def _answered(self, key_id: str, task: asyncio.Task[Any]) -> None:
+        del self._asking[key_id]
+        if not task.cancelled():
+            task.exception()  # if every caller left, nobody else fetches it
 
 
 def _refused() -> Unauthenticated:

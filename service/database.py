@@ -8,13 +8,14 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+import asyncpg
 import sqlalchemy as sa
 import structlog
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.schema import CreateTable
 
-from service.errors import Reason, Unavailable
+from service.errors import DeadlineExceeded, Reason, Unavailable
 from service.store.tables import incoming_events
 
 log = structlog.get_logger("metering.database")
@@ -29,6 +30,10 @@ STATEMENT_TIMEOUT_S = 30
 ATTEMPTS_MAX = 10
 VERSION_MIN = 150000
 
+# What using a database can raise. SQLAlchemy wraps most of it, but not what happens while it connects, nor in COPY.
+DATABASE_ERRORS = (sa.exc.SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+
+_QUERY_CANCELED = "57014"
 _DEADLOCK_OR_SERIALIZATION = {"40001", "40P01"}
 # Postgres says these when it stops, starts, or has no connection left.
 _UNAVAILABLE_CLASSES = ("08", "53", "57")
@@ -101,7 +106,7 @@ class Database:
         try:
             async with asyncio.timeout(3), self.engine.connect() as connection:
                 await connection.execute(sa.select(1))
-        except (sa.exc.SQLAlchemyError, OSError, TimeoutError):
+        except DATABASE_ERRORS:
             return False
         return True
 
@@ -150,7 +155,7 @@ class Database:
             try:
                 async with self.engine.begin() as connection:
                     return await work(connection)
-            except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+            except DATABASE_ERRORS as error:
                 state = sqlstate(error)
                 if state in _DEADLOCK_OR_SERIALIZATION and attempt < attempts:
                     await asyncio.sleep(random.uniform(0, 0.005 * 2**attempt))  # noqa: S311 - jitter, not a secret
@@ -167,19 +172,22 @@ class Database:
                         limit = str(max(1, int(timeout_s * 1000)))
                         await connection.execute(sa.func.set_config("statement_timeout", limit, True).select())
                     return await work(connection)
-        except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+        except DATABASE_ERRORS as error:
             raise _translated(error) from error
 
 
 def sqlstate(error: BaseException) -> str | None:
     """Return Postgres' five-letter code of an error, if it came from Postgres."""
-    return getattr(getattr(error, "orig", None), "sqlstate", None)
+    return getattr(getattr(error, "orig", error), "sqlstate", None)
 
 
 def _translated(error: BaseException) -> BaseException:
     state = sqlstate(error)
+    if state == _QUERY_CANCELED:
+        message = "The work could not be done in time and was undone: allow more time, or ask for less at once."
+        return DeadlineExceeded(Reason.DEADLINE_TOO_SHORT, message)
     gone = (
-        isinstance(error, OSError | TimeoutError | sa.exc.TimeoutError | sa.exc.InterfaceError)
+        isinstance(error, OSError | TimeoutError | sa.exc.TimeoutError | sa.exc.InterfaceError | asyncpg.InterfaceError)
         or (isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated)
         or (state or "").startswith(_UNAVAILABLE_CLASSES)
         or state in _DEADLOCK_OR_SERIALIZATION

@@ -8,7 +8,7 @@ MeteringError
 ├── Unauthenticated      no or no valid credential
 ├── ResourceExhausted    too much in flight; nothing was done
 ├── Unavailable          the database does not answer; for writes the outcome is unknown
-└── DeadlineExceeded     the caller's time ran out before the work began
+└── DeadlineExceeded     the time for the work ran out; nothing was done
 
 Only the interceptor that answers calls knows how these become gRPC statuses.
 """
@@ -124,7 +124,7 @@ class Unavailable(MeteringError):
 
 
 class DeadlineExceeded(MeteringError):
-    """The caller's deadline passed before the work began; nothing was done."""
+    """The work could not be done within the caller's deadline or the server's limit; nothing was done."""
 
 
 def invalid(field: str, reason: Reason, message: str) -> InvalidArgument:

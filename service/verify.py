@@ -63,39 +63,39 @@ async def verify_cells(
         for metric in await database.read(lambda c, org=name: _metrics(c, org, metric_id)):  # type: ignore[misc]  # bound as default
             checked += 1
             span = await database.read(lambda c, org=name, one=metric: _span(c, org, one, start, end))  # type: ignore[misc]
-            if span is not None:
-                await _verify_metric(database, found, name, metric, span, repair=repair)
+            begin, stop = span or (None, None)
+            while begin and stop and begin < stop:
+                until = min(begin + STRETCH, stop)
+                await _verify_stretch(database, found, name, metric.id, (begin, until), repair=repair)
+                begin = until
     return checked
 
 
-async def _verify_metric(
+async def _verify_stretch(
     database: Database,
     found: Callable[[Finding], None],
     organization: str,
-    metric: BillableMetric,
+    metric_id: uuid.UUID,
     span: tuple[datetime, datetime],
     *,
     repair: bool,
 ) -> None:
-    begin, end = span
-    while begin < end:
-        until = min(begin + STRETCH, end)
+    # The definition is read where it is used: a metric can be archived, or its backfill move, at any time.
+    async def compare(connection: AsyncConnection) -> list[Finding]:
+        metric = await metric_store.get_metric(connection, organization, metric_id)
+        wrong = await cells.mismatches(connection, organization, metric, *span, limit=FINDINGS_MAX)
+        return [Finding(organization, metric, mismatch) for mismatch in wrong]
 
-        async def compare(
-            connection: AsyncConnection, begin: datetime = begin, until: datetime = until
-        ) -> list[cells.Mismatch]:
-            return await cells.mismatches(connection, organization, metric, begin, until, limit=FINDINGS_MAX)
+    async def mend(connection: AsyncConnection) -> None:
+        await organizations.lock_exclusive(connection, organization)
+        metric = await metric_store.get_metric(connection, organization, metric_id)
+        await cells.recompute(connection, organization, metric, *span)
 
-        async def mend(connection: AsyncConnection, begin: datetime = begin, until: datetime = until) -> None:
-            await organizations.lock_exclusive(connection, organization)
-            await cells.recompute(connection, organization, metric, begin, until)
-
-        wrong = await database.read(compare)
-        for mismatch in wrong:
-            found(Finding(organization, metric, mismatch))
-        if wrong and repair:
-            await database.background(mend)
-        begin = until
+    findings = await database.read(compare)
+    for finding in findings:
+        found(finding)
+    if findings and repair:
+        await database.background(mend)
 
 
 async def _metrics(connection: AsyncConnection, organization: str, metric_id: uuid.UUID | None) -> list[BillableMetric]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import os
 import random
@@ -62,12 +63,14 @@ async def counted(database: Database) -> int:
         return int((await connection.execute(sa.select(sa.func.sum(usage_cells.c.counted)))).scalar_one() or 0)
 
 
-async def until(condition: Callable[[], Awaitable[Any]], seconds: float = 20) -> Any:
-    """Poll until a condition is true and return what it gave."""
+async def until(condition: Callable[[], Any], seconds: float = 20) -> None:
+    """Poll until a condition, which may be awaitable, is true."""
     async with asyncio.timeout(seconds):
-        while not (found := await condition()):
+        while True:
+            found = condition()
+            if await found if inspect.isawaitable(found) else found:
+                return
             await asyncio.sleep(0.01)
-    return found
 
 
 async def waiting_for_a_lock(database: Database) -> bool:
@@ -106,9 +109,7 @@ class Arrivals:
         for call in calls:
             expected = self.number + 1
             tasks.append(asyncio.ensure_future(call))
-            async with asyncio.timeout(20):
-                while self.number < expected:
-                    await asyncio.sleep(0)
+            await until(lambda expected=expected: self.number >= expected)
         return tasks
 
 
@@ -414,11 +415,8 @@ async def test_the_first_of_equal_ids_in_a_batch_wins(client: Client, database: 
     assert await stored_ids(database) == sorted(mix for mix in mixes if set(mix) != {"x"})
     assert await counted(database) == expected.count(ACCEPTED)
     async with database.engine.connect() as connection:
-        kept = dict(
-            (await connection.execute(sa.select(usage_events.c.transaction_id, usage_events.c.event_type)))
-            .tuples()
-            .all()
-        )
+        rows = await connection.execute(sa.select(usage_events.c.transaction_id, usage_events.c.event_type))
+        kept = {row.transaction_id: row.event_type for row in rows}
     assert kept == {mix: "request" if mix.strip("x")[0] == "a" else "other" for mix in mixes if set(mix) != {"x"}}
     # And again: what was accepted is a duplicate now, everything else is as it was.
     again = await client.ingest(*batch)
@@ -735,6 +733,10 @@ async def test_the_database_is_killed_under_load(own_postgres: EmbeddedPostgres)
                 acknowledged.update(ids)
                 break
 
+    async def more(outcome: str, number: int) -> None:
+        target = outcomes[outcome] + number
+        await until(lambda: outcomes[outcome] >= target, 60)
+
     async with served(database) as client:
         await client.create_metric()
         over = asyncio.Event()
@@ -742,17 +744,11 @@ async def test_the_database_is_killed_under_load(own_postgres: EmbeddedPostgres)
             for caller in range(16):
                 group.create_task(send(client, caller, over))
             for _ in range(2):
-                target = outcomes["ok"] + 50
-                while outcomes["ok"] < target:
-                    await asyncio.sleep(0.01)
+                await more("ok", 50)
                 assert (pid := own_postgres.pid)
                 os.kill(pid, signal.SIGKILL)
-                before = outcomes["unavailable"]
-                while outcomes["unavailable"] == before:
-                    await asyncio.sleep(0.01)
-            target = outcomes["ok"] + 50
-            while outcomes["ok"] < target:
-                await asyncio.sleep(0.01)
+                await more("unavailable", 1)
+            await more("ok", 50)
             over.set()
         stored = await stored_ids(database)
         assert set(stored) == acknowledged

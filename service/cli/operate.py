@@ -15,7 +15,7 @@ import structlog
 
 from service.auth import new_api_key
 from service.config import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Config
-from service.database import Database, UnsafeDatabase
+from service.database import DATABASE_ERRORS, Database, UnsafeDatabase
 from service.domain.events import TimeLimits
 from service.errors import MeteringError
 from service.migrations import upgrade
@@ -307,9 +307,8 @@ def run(work: Awaitable[Result]) -> Result:
             return runner.run(main())
     except (CannotServe, PostgresError, UnsafeDatabase, MeteringError) as error:
         raise click.ClickException(str(error)) from error
-    except (OSError, sa.exc.DBAPIError) as error:
-        cause = getattr(error, "orig", error)
-        raise click.ClickException(f"The database cannot be used: {cause}") from error
+    except DATABASE_ERRORS as error:
+        raise click.ClickException(f"The database cannot be used: {getattr(error, 'orig', error)}") from error
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -22,7 +22,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         self, request: event_pb2.IngestEventsRequest, context: Context
     ) -> event_pb2.IngestEventsResponse:
         """See event.proto."""
-        return wire.ingest_response(await self._ingest.ingest(organization(), wire.batch(request)))
+        return wire.ingest_response(await self._ingest.ingest(organization(), await wire.batch(request)))
 
     async def ListUnmatchedCustomerKeys(
         self, request: event_pb2.ListUnmatchedCustomerKeysRequest, context: Context

@@ -31,7 +31,8 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         page = await self._database.read(
             lambda c: store.usage_page(c, org, query, begin, limit), timeout_s=context.time_remaining()
         )
-        response = usage_pb2.ListUsageResponse(windows=[wire.usage_window(one, read_time) for one in page.windows])
+        windows = await wire.in_slices(lambda one: wire.usage_window(one, read_time), page.windows)
+        response = usage_pb2.ListUsageResponse(windows=windows)
         if page.following is not None:
             state = _state(page.following, read_time)
             response.next_page_token = await self._tokens.encode("ListUsage", request, state)

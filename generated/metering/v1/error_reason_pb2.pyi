@@ -134,7 +134,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason":"DATABASE_UNAVAILABLE","domain":"metering"}
     """
     ERROR_REASON_DEADLINE_TOO_SHORT: _ErrorReason.ValueType  # 52
-    """The caller's deadline passed before the work could begin. DEADLINE_EXCEEDED; nothing was stored.
+    """The work could not be done within the caller's deadline, or within the server's limit for one statement (30
+    seconds). DEADLINE_EXCEEDED; nothing was stored.
     {"reason":"DEADLINE_TOO_SHORT","domain":"metering"}
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 53
@@ -263,7 +264,8 @@ ids.
 {"reason":"DATABASE_UNAVAILABLE","domain":"metering"}
 """
 ERROR_REASON_DEADLINE_TOO_SHORT: ErrorReason.ValueType  # 52
-"""The caller's deadline passed before the work could begin. DEADLINE_EXCEEDED; nothing was stored.
+"""The work could not be done within the caller's deadline, or within the server's limit for one statement (30
+seconds). DEADLINE_EXCEEDED; nothing was stored.
 {"reason":"DEADLINE_TOO_SHORT","domain":"metering"}
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 53

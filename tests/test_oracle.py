@@ -1,0 +1,895 @@
+"""The promise that numbers are exact: whatever is sent, however, wherever and in which order, usage is what plain Python
+(`oracle`) makes of the raw events.
+
+The plans run against two server processes on one database, each in an organization of its own, all organizations with
+the same ids: so nothing may depend on who asks which server, and nothing may leak.
+"""
+
+import asyncio
+import itertools
+import random
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, NamedTuple
+
+import grpc
+import oracle
+import pytest
+import sqlalchemy as sa
+from conftest import Client, Process, event, running_server, start_server, timestamp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from metering.v1 import billable_metric_pb2, customer_pb2, event_pb2, usage_pb2
+from service import auth
+from service.database import Database
+from service.domain import windows as service_windows
+from service.store import cells, organizations
+from service.store import metrics as metric_store
+from service.store.tables import billable_metrics
+
+EXAMPLES = 60
+LONG_FACTOR = 10
+STAGES = 4  # events are sent in the first three; in the last, what comes too late for all of them
+
+AGGREGATIONS = ("COUNT", "SUM", "MIN", "MAX", "AVG", "LATEST", "UNIQUE")
+ZONES = (
+    "UTC",
+    "Asia/Kolkata",
+    "America/New_York",
+    "Africa/Cairo",
+    "Pacific/Apia",
+    "Australia/Lord_Howe",
+    "Asia/Kathmandu",
+)
+EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+
+CUSTOMERS = (
+    "00000000-0000-0000-0000-000000000000",
+    "04ca7e72-4229-4a6e-ab11-9f7376fccbcb",
+    "9b85c1c1-e238-4f2a-a409-61905905beb0",
+    "ffffffff-ffff-ffff-ffff-ffffffffffff",
+)
+STRANGER = "c0ffee00-0000-4000-8000-00000000000a"  # never a customer; may be an alias
+ALIASES = ("acme", "Acme", "Zürich, GmbH – 株式会社", STRANGER)
+UNKNOWN_KEY = "nobody"
+EVENT_TYPES = ("call", "Call", "größe")
+PROPERTIES = ("q", "g", "h %s:x'\"")
+ID_PREFIXES = ("", "Z", "a", "é", "\ufb01", "\U0001f600", "10", "9")
+
+PLAIN_VALUES = (1, 0, 60, "60", 2.5, 3.5, "0.5", -7, "1.5", 0.1, 0.2, "-3.25")
+NASTY_VALUES = (
+    -0.0,
+    1e-7,
+    1e-18,
+    1e-19,
+    5e-324,
+    0.30000000000000004,
+    123456789012.34567,
+    2**53 - 1,
+    -(2**53 - 1),
+    "60.0",
+    "060",
+    "0.000000000000000001",
+    "0.0000000000000000001",
+    "-0",
+    "-0.00",
+    "01.10",
+    "9" * 38,
+    "-" + "9" * 38,
+    "9" * 39,
+    "9" * 38 + ".5",
+    "9" * 20 + "." + "9" * 18,
+    "-" + "9" * 20 + "." + "9" * 18,
+    "1." + "3" * 18,
+    "1e5",
+    "1E5",
+    "+1",
+    " 1",
+    "1 ",
+    "1\n",
+    "",
+    "-",
+    ".5",
+    "5.",
+    "1,5",
+    "0x10",
+    "1_000",
+    "١",
+    "１",
+    "NaN",
+    "Infinity",
+    "text",
+    "null",
+    "true",
+    True,
+    False,
+    None,
+    [],
+    {},
+    [1, 2.50],
+    ["1", None, {"b": 1, "aa": [True]}],
+    {"aa": "x\n\u007f\u0001é", "b": -0.0},
+)
+REFUSED_VALUES = (2.0**53, -1e300, float("nan"), float("inf"), [1, {"x": 1e16}])
+FILTER_VALUES = ("60", "1", "0", "0.1", "", "true", "null", "2.5", "nowhere", "[1, 2.5]", "text", "60.0")
+GROUP_VALUES = (*FILTER_VALUES[:8], "-7", "000")
+DELTAS = tuple(
+    sign * delta
+    for sign in (1, -1)
+    for delta in (
+        timedelta(0),
+        oracle.MICROSECOND,
+        30 * MINUTE,
+        15 * MINUTE,
+        oracle.HOUR - oracle.MICROSECOND,
+        oracle.HOUR,
+        timedelta(seconds=123.456789),
+        timedelta(hours=5, minutes=45),
+    )
+)
+FIXED = (
+    EARLIEST,
+    datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),
+    datetime(2000, 1, 1, 0, 30, tzinfo=UTC),
+)
+
+
+# --- Plans: what hypothesis draws
+
+
+class Scene(NamedTuple):
+    """A zone and some of its days around which events and bounds lie. `first` None = yesterday."""
+
+    zone: str
+    first: date | None
+    days: int
+
+
+class Time(NamedTuple):
+    """An instant near something: an edge of the scene, now, an archive time, or a fixed instant."""
+
+    base: str
+    index: int
+    delta: timedelta
+
+
+class PlannedEvent(NamedTuple):
+    """An event and when it is sent: in which stage, in which of the stage's concurrent calls."""
+
+    key: str
+    event_type: str
+    at: Time
+    properties: dict[str, Any]
+    prefix: str
+    stage: int
+    call: int
+
+
+class Again(NamedTuple):
+    """Another event under the id of the first: with its content, or with that of the other. `nanos` change nothing."""
+
+    of: int
+    other: int | None
+    stage: int
+    call: int
+    nanos: int
+
+
+class PlannedMetric(NamedTuple):
+    """A definition, the stages at which a metric of it is made, and the stage that archives the first of these."""
+
+    definition: oracle.Metric
+    stages: tuple[int, ...]
+    archive: int | None
+
+
+class Query(NamedTuple):
+    """A usage query; `metrics` are numbers of metrics, `pages` says how many there should be (0 = page_size unset)."""
+
+    size: str
+    zone: str
+    first: Time
+    last: Time
+    number: int
+    customers: tuple[int, ...] | None
+    metrics: tuple[tuple[int, oracle.GroupBy | None], ...] | None
+    omit_empty: bool
+    pages: int
+
+
+class Plan(NamedTuple):
+    """One example. `owners[stage]` is who owns the aliases from that stage on; customers appear at their stage."""
+
+    scene: Scene
+    customers: tuple[int, ...]
+    archived_customer: int | None
+    owners: tuple[tuple[int | None, ...], ...]
+    metrics: tuple[PlannedMetric, ...]
+    events: tuple[PlannedEvent, ...]
+    again: tuple[Again, ...]
+    atomic: frozenset[tuple[int, int]]
+    queries: tuple[Query, ...]
+
+
+SCENES = (
+    Scene("Asia/Kolkata", date(2024, 3, 1), 2),
+    Scene("America/New_York", date(2024, 3, 9), 3),
+    Scene("America/New_York", date(2024, 11, 2), 3),
+    Scene("Africa/Cairo", date(2024, 4, 25), 3),  # the 26th has no midnight
+    Scene("Africa/Cairo", date(2024, 10, 30), 3),  # the 31st has its last hour twice
+    Scene("Pacific/Apia", date(2011, 12, 28), 4),  # there was no 30th
+    Scene("Australia/Lord_Howe", date(2024, 4, 6), 3),  # clocks change by half an hour
+    Scene("Australia/Lord_Howe", date(2024, 10, 5), 3),
+    Scene("Asia/Kathmandu", date(2024, 6, 1), 2),
+    Scene("UTC", date(2024, 2, 28), 3),
+    Scene("UTC", None, 3),
+    Scene("Asia/Kolkata", None, 3),
+)
+
+doubles = st.floats(-1e9, 1e9).filter(oracle.storable)
+decimals = st.builds(
+    lambda whole, places, digits: f"{whole}.{digits:0{places}d}"[: 39 - (whole >= 0)] if places else str(whole),
+    st.integers(-(10**20) + 1, 10**20 - 1),
+    st.integers(0, 18),
+    st.integers(0, 9),
+)
+values = st.one_of(
+    st.sampled_from(PLAIN_VALUES),
+    st.sampled_from(PLAIN_VALUES),
+    st.sampled_from(NASTY_VALUES),
+    doubles,
+    decimals,
+)
+optional_bool = st.sampled_from((None, True, False))
+some_stages = st.sets(st.integers(0, STAGES - 1), min_size=1, max_size=2).map(lambda found: tuple(sorted(found)))
+times = st.builds(
+    Time,
+    st.sampled_from(("scene",) * 7 + ("now", "archive", "fixed")),
+    st.integers(0, 11),
+    st.sampled_from(DELTAS),
+)
+KEYS = (*ALIASES, *CUSTOMERS, UNKNOWN_KEY)
+
+
+@st.composite
+def definitions(draw: st.DrawFn) -> oracle.Metric:
+    """Draw how a metric counts."""
+    aggregation = draw(st.sampled_from(AGGREGATIONS))
+    names = draw(st.lists(st.sampled_from(PROPERTIES), unique=True, max_size=2))
+    filters = []
+    for name in names:
+        exists = draw(optional_bool)
+        in_values = () if exists is False else draw(st.one_of(st.just(()), _some(FILTER_VALUES, 4)))
+        filters.append(oracle.Filter(name, exists, in_values, draw(st.one_of(st.just(()), _some(FILTER_VALUES, 3)))))
+    keys = (("g",), (PROPERTIES[2],), ("g", PROPERTIES[2]), ("q",), (PROPERTIES[2], "q", "g"))
+    return oracle.Metric(
+        id="",
+        aggregation=aggregation,
+        aggregation_key="" if aggregation == "COUNT" else draw(st.sampled_from(("q", "q", "g"))),
+        event_types=draw(st.one_of(st.just(()), _some(EVENT_TYPES, 2))),
+        excluded_event_types=draw(st.one_of(st.just(()), st.just(()), _some(EVENT_TYPES, 1))),
+        filters=tuple(filters),
+        group_keys=draw(_some(keys, 3)),
+    )
+
+
+@st.composite
+def events(draw: st.DrawFn) -> PlannedEvent:
+    """Draw an event."""
+    return PlannedEvent(
+        key=draw(st.sampled_from(KEYS).flatmap(lambda key: st.sampled_from((key, key.upper() if "-" in key else key)))),
+        event_type=draw(st.sampled_from(EVENT_TYPES)),
+        at=draw(times),
+        properties=draw(st.fixed_dictionaries({}, optional=dict.fromkeys(PROPERTIES, values))),
+        prefix=draw(st.sampled_from(ID_PREFIXES)),
+        stage=draw(st.integers(0, STAGES - 2)),
+        call=draw(st.integers(0, 3)),
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Draw a plan."""
+    planned = tuple(
+        PlannedMetric(
+            draw(definitions()), draw(some_stages), draw(st.sampled_from((None, None, *range(1, STAGES - 1))))
+        )
+        for _ in range(draw(st.integers(1, 5)))
+    )
+    number = sum(len(one.stages) for one in planned)
+    customers = tuple(draw(st.sampled_from((0, 0, 0, 2, 3))) for _ in range(draw(st.integers(1, len(CUSTOMERS)))))
+    owner = st.sampled_from((None, *range(len(customers))))
+    sent = draw(_list(events(), 60))
+    if sent and draw(st.booleans()):
+        # An event that is refused does not take its id: the next one may.
+        bad = {"q": draw(st.sampled_from(REFUSED_VALUES))}
+        sent.append(sent[0]._replace(properties=bad, prefix="refused", stage=draw(st.integers(0, 2))))
+    position = st.integers(0, max(len(sent) - 1, 0))
+    resend = st.builds(
+        Again, position, st.one_of(st.none(), position), st.integers(0, 2), st.integers(0, 3), st.sampled_from((0, 999))
+    )
+    return Plan(
+        scene=draw(st.sampled_from(SCENES)),
+        customers=customers,
+        archived_customer=draw(st.sampled_from((None, None, 0))),
+        owners=tuple(tuple(draw(owner) for _ in ALIASES) for _ in range(STAGES)),
+        metrics=planned,
+        events=tuple(sent),
+        again=tuple(draw(_list(resend, 20))) if sent else (),
+        atomic=frozenset(draw(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=2))),
+        queries=tuple(draw(queries(planned, number, len(customers))) for _ in range(8)),
+    )
+
+
+@st.composite
+def queries(draw: st.DrawFn, planned: Sequence[PlannedMetric], metrics: int, customers: int) -> Query:
+    """Draw a query over that many customers and metrics."""
+    definitions = [one.definition for one in planned for _ in one.stages]
+    selected = []
+    for i in draw(_some(range(metrics), 4)):
+        simple = [key[0] for key in definitions[i].group_keys if len(key) == 1]
+        group_by = None
+        if simple and draw(st.booleans()):
+            named = draw(st.one_of(st.just(()), _some(GROUP_VALUES, 4)))
+            group_by = oracle.GroupBy(draw(st.sampled_from(simple)), named)
+        selected.append((i, group_by))
+    size = draw(st.sampled_from(("NONE", "NONE", "DAY", "DAY", "HOUR")))
+    number = draw(st.integers(1, 5)) if size == "DAY" else draw(st.sampled_from((1, 3, 24, 70, 30_000)))
+    return Query(
+        size=size,
+        zone=draw(st.sampled_from(("scene", "scene", *ZONES))),
+        first=draw(times),
+        last=draw(times),
+        number=number,
+        customers=draw(st.one_of(st.none(), _some(range(customers), customers))),
+        metrics=None if draw(st.sampled_from((False, False, True))) else tuple(selected),
+        # So many windows are only asked for where the empty ones are left out.
+        omit_empty=number > 100 or draw(st.booleans()),
+        pages=draw(st.integers(0, 6)),
+    )
+
+
+def _some(items: Sequence[Any], most: int) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.lists(st.sampled_from(items), unique=True, min_size=1, max_size=most).map(tuple)
+
+
+def _list(items: st.SearchStrategy[Any], most: int) -> st.SearchStrategy[list[Any]]:
+    return st.integers(0, most).flatmap(lambda number: st.lists(items, min_size=number, max_size=number))
+
+
+# --- Two servers, and one organization per example
+
+
+class _Authorized:
+    """A channel that sends an API key with every call."""
+
+    def __init__(self, channel: grpc.aio.Channel, key: str) -> None:
+        self._channel = channel
+        self._metadata = (("authorization", f"Bearer {key}"),)
+
+    def __getattr__(self, kind: str) -> Any:
+        def method(*arguments: Any, **options: Any) -> Callable[..., Any]:
+            call = getattr(self._channel, kind)(*arguments, **options)
+            return lambda request, **more: call(request, metadata=self._metadata, **more)
+
+        return method
+
+
+class Tenant(NamedTuple):
+    """One organization, as seen through each server, and the database under them."""
+
+    organization: str
+    clients: tuple[Client, ...]
+    database: Database
+
+
+@dataclass
+class Servers:
+    """Two servers on one database."""
+
+    processes: Sequence[Process]
+    channels: Sequence[grpc.aio.Channel]
+    database: Database
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    async def tenant(self) -> Tenant:
+        """Make a new organization."""
+        organization = f"org {next(self.numbers)}"
+        key = auth.new_api_key()
+
+        async def create(connection: Any) -> None:
+            await organizations.create_organization(connection, organization)
+            await organizations.create_api_key(connection, organization, key.id, "test", key.secret_hash)
+
+        await self.database.write(create)
+        clients = tuple(
+            Client(process.address, _Authorized(channel, key.text))  # type: ignore[arg-type]
+            for process, channel in zip(self.processes, self.channels, strict=True)
+        )
+        return Tenant(organization, clients, self.database)
+
+
+@pytest.fixture(scope="module")
+async def servers(postgres: Any, template: str) -> AsyncIterator[Servers]:
+    """Two servers, each in a process of its own, that want API keys."""
+    url = sa.make_url(postgres.url)
+    name = f"test_oracle_{uuid.uuid4().hex}"
+    engine = create_async_engine(url, isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection:
+        await connection.execute(sa.text(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'))
+    database_url = url.set(database=name).render_as_string(hide_password=False)
+    database = Database(database_url)
+    servers = Servers([], [], database)
+    await servers.tenant()  # the first key: from here on every call needs one
+    try:
+        servers.processes = [start_server("--database-url", database_url) for _ in range(2)]
+        servers.channels = [grpc.aio.insecure_channel(process.address) for process in servers.processes]
+        yield servers
+    finally:
+        for channel in servers.channels:
+            await channel.close()
+        codes = [process.stop() for process in servers.processes]
+        await database.close()
+        async with engine.connect() as connection:
+            await connection.execute(sa.text(f'DROP DATABASE "{name}" WITH (FORCE)'))
+        await engine.dispose()
+    assert codes == [0, 0]
+
+
+# --- Running a plan
+
+
+class Sent(NamedTuple):
+    """An event as it was sent: in which of the stage's calls, and at which place there."""
+
+    event: oracle.Event
+    call: int
+    position: int
+
+
+@dataclass
+class KnownMetric:
+    """A metric that was made, and from which plan."""
+
+    definition: oracle.Metric
+    planned: int
+
+
+class Run:
+    """One plan on its way through the servers, and what plain Python knows of it."""
+
+    def __init__(self, plan: Plan, tenant: Tenant) -> None:
+        self.plan = plan
+        self.tenant = tenant
+        self.now = datetime.now(UTC)
+        zone, first, number = plan.scene
+        self.first_day = first or (self.now.astimezone(oracle.zone_info(zone)).date() - timedelta(days=1))
+        spans = oracle.days(zone, self.first_day, number)
+        starts = [start for start, _ in spans]
+        changes = oracle.clock_changes(zone, (spans[0][0], spans[-1][1]))
+        self.edges = [*starts, spans[-1][1], *changes, *(oracle.hour(start) for start in starts)]
+        self.metrics: list[KnownMetric | None] = [None for one in plan.metrics for _ in one.stages]
+        self.archive_times: list[datetime] = []
+        self.stored: dict[str, oracle.Event] = {}
+        self.aliases: dict[str, set[str]] = {}
+        self.archived_customers: set[str] = set()
+        self._turn = 0
+
+    @property
+    def client(self) -> Client:
+        """The servers in turn."""
+        self._turn += 1
+        return self.tenant.clients[self._turn % len(self.tenant.clients)]
+
+    async def run(self) -> None:
+        """Do everything, and compare all answers at the end; some of them after every stage."""
+        for stage in range(STAGES):
+            await self.set_customers(stage)
+            await asyncio.gather(
+                self.send(stage),
+                *(self.create_metric(i) for i in self._metrics_of(stage)),
+                *(self.archive_metric(i) for i in self._archived_at(stage)),
+            )
+            if stage < STAGES - 1:
+                # What was acknowledged is in the very next answer. (Naming no metric would mean all.)
+                if counted := await self.counted():
+                    await self.compare(self.everything(counted))
+        if self.plan.archived_customer is not None:
+            await self.archive_customer(CUSTOMERS[self.plan.archived_customer])
+        await asyncio.gather(*(self.wait(known) for known in self.metrics if known))
+        known = await self.counted()
+        rows = await self.compare(self.everything(known))
+        self.compare_twins(rows)
+        for query in self.plan.queries:
+            await self.compare(self.request(query))
+        await check_cells(self.tenant, [one.id for one in known])
+
+    # What is done
+
+    async def set_customers(self, stage: int) -> None:
+        """Create the stage's customers and move the aliases to their owners."""
+        owned: dict[str, set[str]] = {one: set() for one in CUSTOMERS}
+        for alias, owner in zip(ALIASES, self.plan.owners[stage], strict=True):
+            if owner is not None and self.plan.customers[owner] <= stage:
+                owned[CUSTOMERS[owner]].add(alias)
+        for customer_id, aliases in self.aliases.items():
+            await self.set_aliases(customer_id, aliases & owned[customer_id])
+        for customer_id in list(self.aliases):
+            await self.set_aliases(customer_id, owned[customer_id])
+        for number, created in enumerate(self.plan.customers):
+            if created == stage:
+                customer_id = CUSTOMERS[number]
+                await self.client.create_customer(id=customer_id, ingest_aliases=owned[customer_id])
+                self.aliases[customer_id] = owned[customer_id]
+
+    async def set_aliases(self, customer_id: str, aliases: set[str]) -> None:
+        """Set the aliases of a customer, if they are others than before."""
+        if aliases != self.aliases[customer_id]:
+            # Keys that are UUIDs are the same in any case.
+            sent = [alias.upper() if alias == STRANGER else alias for alias in aliases]
+            request = customer_pb2.SetIngestAliasesRequest(id=customer_id, ingest_aliases=sent)
+            await self.client.customers.SetIngestAliases(request)
+            self.aliases[customer_id] = aliases
+
+    async def archive_customer(self, customer_id: str) -> None:
+        """Archive a customer: "all customers" leaves it out from then on."""
+        if customer_id in self.aliases:
+            await self.client.customers.ArchiveCustomer(customer_pb2.ArchiveCustomerRequest(id=customer_id))
+            self.archived_customers.add(customer_id)
+
+    async def create_metric(self, number: int) -> None:
+        """Create a metric, without waiting until its past is counted."""
+        planned = self._planned(number)
+        # Ids descend, so that their order is not that of creation.
+        metric_id = str(uuid.UUID(int=(1 << 128) - 1 - number))
+        definition = replace(self.plan.metrics[planned].definition, id=metric_id)
+        await create(self.client, definition)
+        self.metrics[number] = KnownMetric(definition, planned)
+
+    async def archive_metric(self, number: int) -> None:
+        """Archive a metric now, maybe while its past is being counted; its archive time counts."""
+        known = self.metrics[number]
+        assert known is not None
+        known.definition = await archive(self.client, known.definition)
+        assert known.definition.archived_at is not None
+        self.archive_times.append(known.definition.archived_at)
+
+    async def send(self, stage: int) -> None:
+        """Send the stage's events in concurrent calls to both servers, and check every verdict."""
+        calls: dict[int, list[Sent]] = {}
+        messages: dict[int, list[event_pb2.UsageEvent]] = {}
+        for call, one, key, nanos in self._events_of(stage):
+            position = len(calls.setdefault(call, []))
+            calls[call].append(Sent(one, call, position))
+            message = event(
+                one.transaction_id,
+                customer_id=key,
+                event_type=one.event_type,
+                at=one.timestamp,
+                properties=one.properties,
+            )
+            message.timestamp.nanos += nanos
+            messages.setdefault(call, []).append(message)
+        answers = await asyncio.gather(
+            *(
+                self._ingest(call, messages[call], all_or_nothing=(stage, call) in self.plan.atomic)
+                for call in sorted(calls)
+            )
+        )
+        self.account([calls[call] for call in sorted(calls)], answers)
+
+    async def _ingest(self, call: int, sent: Sequence[event_pb2.UsageEvent], *, all_or_nothing: bool) -> Any:
+        client = self.tenant.clients[call % len(self.tenant.clients)]
+        try:
+            return list((await client.ingest(*sent, all_or_nothing=all_or_nothing)).verdicts)
+        except grpc.aio.AioRpcError as error:
+            assert all_or_nothing, error
+            return error.code()
+
+    def account(self, calls: Sequence[Sequence[Sent]], answers: Sequence[Any]) -> None:
+        """Check that exactly one of equal ids was accepted, and what all others were told; keep the accepted."""
+        before = dict(self.stored)
+        settled = [
+            (one, answer[one.position])
+            for call, answer in zip(calls, answers, strict=True)
+            if isinstance(answer, list)
+            for one in call
+        ]
+        for one, verdict in settled:
+            if verdict == event_pb2.VERDICT_ACCEPTED:
+                assert one.event.transaction_id not in self.stored, "accepted twice"
+                self.stored[one.event.transaction_id] = one.event
+        seen: set[tuple[int, str]] = set()
+        for one, verdict in settled:
+            transaction_id = one.event.transaction_id
+            if not oracle.storable(one.event.properties):
+                assert verdict == event_pb2.VERDICT_REJECTED, one
+                continue
+            stored = self.stored[transaction_id]
+            if verdict == event_pb2.VERDICT_ACCEPTED:
+                assert transaction_id not in before, one
+                assert (one.call, transaction_id) not in seen, "in a call the first of equal ids speaks"
+            elif oracle.same_content(one.event, stored):
+                assert verdict == event_pb2.VERDICT_DUPLICATE, one
+            else:
+                assert verdict == event_pb2.VERDICT_CONFLICT, one
+            seen.add((one.call, transaction_id))
+        for call, answer in zip(calls, answers, strict=True):
+            if not isinstance(answer, list):
+                self._check_refusal(call, answer)
+
+    def _check_refusal(self, call: Sequence[Sent], code: grpc.StatusCode) -> None:
+        refused = any(not oracle.storable(one.event.properties) for one in call)
+        assert code is (grpc.StatusCode.INVALID_ARGUMENT if refused else grpc.StatusCode.ALREADY_EXISTS)
+        contents = [self.stored[i] for one in call if (i := one.event.transaction_id) in self.stored]
+        contents += [one.event for one in call]
+        assert refused or any(
+            one.transaction_id == other.transaction_id and not oracle.same_content(one, other)
+            for one, other in itertools.combinations(contents, 2)
+        )
+
+    # What is compared
+
+    def everything(self, metrics: Sequence[oracle.Metric]) -> tuple[dict[str, Any], oracle.Selection]:
+        """Ask for all there ever was, of these metrics and of every customer by name."""
+        span = (EARLIEST, datetime(9000, 1, 1, 0, 0, 0, 1, tzinfo=UTC))
+        request = {
+            "window_size": "WINDOW_SIZE_NONE",
+            "customer_ids": list(self.aliases),
+            "billable_metrics": [{"id": one.id} for one in metrics],
+        }
+        named = bool(self.aliases), bool(metrics)
+        return request, oracle.Selection(self._keys(), [(one, None) for one in metrics], [span], *named)
+
+    def request(self, query: Query) -> tuple[dict[str, Any], oracle.Selection]:
+        """Turn a planned query into a request, and into what the oracle takes."""
+        windows = self._windows(query)
+        request: dict[str, Any] = {
+            "window_size": f"WINDOW_SIZE_{query.size}",
+            "omit_empty_windows": query.omit_empty,
+            "pages": query.pages,
+        }
+        if query.size == "DAY":
+            request["time_zone"] = self._zone(query)
+        keys = self._keys()
+        if query.customers is None:
+            keys = {one: owned for one, owned in keys.items() if one not in self.archived_customers}
+        else:
+            chosen = [CUSTOMERS[i] for i in query.customers]
+            request["customer_ids"] = [one.upper() for one in chosen]
+            keys = {one: keys[one] for one in chosen}
+        known = [one.definition for one in self.metrics if one]
+        if query.metrics is None:
+            selected = [(one, None) for one in known if one.archived_at is None]
+        else:
+            selected = [(known[i], group_by) for i, group_by in query.metrics]
+            request["billable_metrics"] = [
+                {"id": one.id, **({"group_by": group_by._asdict()} if group_by else {})} for one, group_by in selected
+            ]
+        named = query.customers is not None, query.metrics is not None
+        return request, oracle.Selection(keys, selected, windows, *named, query.omit_empty)
+
+    async def compare(self, asked: tuple[dict[str, Any], oracle.Selection]) -> list[oracle.Window]:
+        """Ask, page by page and each page from another server, and require the oracle's answer; returns it."""
+        request, selection = asked
+        before = datetime.now(UTC)
+        expected = oracle.usage(self.stored.values(), selection, before)
+        found = await read(lambda: self.client, request, selection.windows, len(expected))
+        after = datetime.now(UTC)
+        if found != expected and any(before < end <= after for _, end in selection.windows):
+            expected = oracle.usage(self.stored.values(), selection, after)
+        assert found == expected, request
+        return expected
+
+    def compare_twins(self, rows: Sequence[oracle.Window]) -> None:
+        """Metrics of one definition have the same numbers, whether made before, between or after the events."""
+        numbers: dict[str, list[Any]] = {}
+        for row in rows:
+            numbers.setdefault(row.metric_id, []).append((row.customer_id, row.value, row.skipped))
+        by_definition: dict[int, list[Any]] = {}
+        for known in self.metrics:
+            if known and known.definition.archived_at is None:
+                by_definition.setdefault(known.planned, []).append(numbers.get(known.definition.id))
+        for twins in by_definition.values():
+            assert all(one == twins[0] for one in twins)
+
+    async def counted(self) -> list[oracle.Metric]:
+        """Return the metrics whose past is counted by now."""
+        found = []
+        for known in self.metrics:
+            if known:
+                metric = await fetch(self.client, known.definition.id)
+                if not metric.HasField("backfill_progress"):
+                    found.append(known.definition)
+        return found
+
+    async def wait(self, known: KnownMetric) -> None:
+        """Wait until the metric's past is counted."""
+        client = self.client
+        await client.counted(await fetch(client, known.definition.id))
+
+    # What the plan means
+
+    def _planned(self, number: int) -> int:
+        return [i for i, one in enumerate(self.plan.metrics) for _ in one.stages][number]
+
+    def _metrics_of(self, stage: int) -> list[int]:
+        stages = [made for one in self.plan.metrics for made in one.stages]
+        return [i for i, made in enumerate(stages) if made == stage]
+
+    def _archived_at(self, stage: int) -> list[int]:
+        """The first metric of each definition that is to be archived at this stage, if it was made before."""
+        found = []
+        first = 0
+        for one in self.plan.metrics:
+            if one.archive is not None and max(one.archive, one.stages[0] + 1) == stage:
+                found.append(first)
+            first += len(one.stages)
+        return found
+
+    def _events_of(self, stage: int) -> Iterator[tuple[int, oracle.Event, str, int]]:
+        for i, one in enumerate(self.plan.events):
+            if one.stage == stage:
+                yield one.call, self._event(i, i), one.key, 0
+        for again in self.plan.again:
+            if again.stage == stage:
+                content = again.of if again.other is None else again.other
+                yield again.call, self._event(again.of, content), self.plan.events[content].key, again.nanos
+
+    def _event(self, number: int, content: int) -> oracle.Event:
+        one = self.plan.events[content]
+        transaction_id = f"{self.plan.events[number].prefix}{number}"
+        known = self.stored.get(transaction_id)
+        at = self.instant(one.at)
+        if known is not None and content == number:
+            at = known.timestamp  # sent again it is what it was, though "now" has moved on
+        return oracle.Event(transaction_id, one.key.lower() if "-" in one.key else one.key, one.event_type, at, one.properties)
+
+    def instant(self, time: Time) -> datetime:
+        """Return the instant that a plan means, which must be no more than a day ahead."""
+        bases: Mapping[str, Sequence[datetime]] = {
+            "scene": self.edges,
+            "now": [self.now],
+            "archive": self.archive_times or [self.now],
+            "fixed": FIXED,
+        }
+        base = bases[time.base][time.index % len(bases[time.base])]
+        found = max(base + time.delta, EARLIEST)
+        return found - timedelta(days=1) if found > self.now + timedelta(hours=23) else found
+
+    def _zone(self, query: Query) -> str:
+        return self.plan.scene.zone if query.zone == "scene" else query.zone
+
+    def _windows(self, query: Query) -> list[oracle.Span]:
+        if query.size == "NONE":
+            first, last = sorted((self.instant(query.first), self.instant(query.last)))
+            return [(first, max(last, first + oracle.MICROSECOND))]
+        if query.size == "HOUR":
+            start = oracle.hour(self.instant(query.first))
+            # Many hours begin long before, so that what there is lies anywhere among them.
+            earlier = start - oracle.HOUR * (query.number // 2) if start.year > 10 else start
+            return oracle.hours(earlier, query.number)
+        day = self.first_day + timedelta(days=query.first.index % self.plan.scene.days - 1)
+        return oracle.days(self._zone(query), day, query.number)
+
+    def _keys(self) -> dict[str, frozenset[str]]:
+        return {one: frozenset({one, *aliases}) for one, aliases in self.aliases.items()}
+
+
+# --- What plans and single tests share
+
+
+async def create(client: Client, definition: oracle.Metric) -> None:
+    """Create a metric, without waiting until its past is counted."""
+    filters = [
+        billable_metric_pb2.PropertyFilter(
+            name=one.name, exists=one.exists, in_values=one.in_values, not_in_values=one.not_in_values
+        )
+        for one in definition.filters
+    ]
+    types = billable_metric_pb2.EventTypeFilter(
+        in_values=definition.event_types, not_in_values=definition.excluded_event_types
+    )
+    metric = billable_metric_pb2.BillableMetric(
+        id=definition.id,
+        name=definition.id,
+        aggregation_type=f"AGGREGATION_TYPE_{definition.aggregation}",
+        aggregation_key=definition.aggregation_key,
+        event_type_filter=types,
+        property_filters=filters,
+        group_keys=[billable_metric_pb2.GroupKey(properties=key) for key in definition.group_keys],
+    )
+    request = billable_metric_pb2.CreateBillableMetricRequest(billable_metric=metric)
+    await client.metrics.CreateBillableMetric(request)
+
+
+async def archive(client: Client, definition: oracle.Metric) -> oracle.Metric:
+    """Archive a metric and return its definition with the archive time."""
+    request = billable_metric_pb2.ArchiveBillableMetricRequest(id=definition.id)
+    metric = (await client.metrics.ArchiveBillableMetric(request)).billable_metric
+    return replace(definition, archived_at=metric.archive_time.ToDatetime(tzinfo=UTC))
+
+
+async def fetch(client: Client, metric_id: str) -> billable_metric_pb2.BillableMetric:
+    """Return a metric as it is now."""
+    request = billable_metric_pb2.GetBillableMetricRequest(id=metric_id)
+    return (await client.metrics.GetBillableMetric(request)).billable_metric
+
+
+async def read(
+    client: Callable[[], Client], fields: dict[str, Any], windows: Sequence[oracle.Span], number: int
+) -> list[oracle.Window]:
+    """Read all pages of a query; `pages` in `fields` says how many pages to make of `number` windows, 0 = default."""
+    fields = dict(fields)
+    pages = fields.pop("pages", 0)
+    request = usage_pb2.ListUsageRequest(
+        starting_on=timestamp(windows[0][0]), ending_before=timestamp(windows[-1][1]), **fields
+    )
+    found: list[oracle.Window] = []
+    while True:
+        if pages:
+            # Sizes vary from page to page; with few windows they are 1, or more than there are.
+            request.page_size = max(1, number // pages + (len(found) % 3) - 1)
+        page = await client().usage.ListUsage(request)
+        assert len(page.windows) <= (request.page_size or 1_000)
+        found += [_row(window) for window in page.windows]
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token
+
+
+def _row(window: usage_pb2.UsageWindow) -> oracle.Window:
+    # These metrics are named as their ids.
+    assert window.billable_metric_name == window.billable_metric_id
+    return oracle.Window(
+        customer_id=window.customer_id,
+        metric_id=window.billable_metric_id,
+        start=window.starting_on.ToDatetime(tzinfo=UTC),
+        end=window.ending_before.ToDatetime(tzinfo=UTC),
+        value=window.value if window.HasField("value") else None,
+        skipped=window.skipped_count,
+        groups={name: group.value if group.HasField("value") else None for name, group in window.groups.items()},
+        truncated=window.groups_truncated,
+        incomplete=window.incomplete,
+        used=window.HasField("update_time"),
+    )
+
+
+async def check_cells(tenant: Tenant, metric_ids: Iterable[str]) -> None:
+    """Require that stored cells are what their events say."""
+    span = (service_windows.cell_floor(service_windows.EARLIEST), service_windows.cell_floor(service_windows.LATEST))
+    async with tenant.database.engine.connect() as connection:
+        for metric_id in metric_ids:
+            metric = await metric_store.get_metric(connection, tenant.organization, uuid.UUID(metric_id))
+            assert await cells.mismatches(connection, tenant.organization, metric, *span, limit=5) == []
+
+
+# --- The tests
+
+
+@given(plan=plans())
+@settings(max_examples=EXAMPLES)
+async def test_usage_is_what_the_events_say(servers: Servers, plan: Plan) -> None:
+    """Every usage answer equals plain Python over the accepted events, window by window."""
+    await Run(plan, await servers.tenant()).run()
+
+
+@pytest.fixture
+def _only_by_hand(pytestconfig: pytest.Config) -> None:
+    if "long" not in pytestconfig.getoption("markexpr"):
+        pytest.skip("takes minutes: run it with -m long")
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("_only_by_hand")
+@given(plan=plans())
+@settings(max_examples=EXAMPLES * LONG_FACTOR)
+async def test_usage_is_what_the_events_say_at_length(servers: Servers, plan: Plan) -> None:
+    """The same over ten times as many plans."""
+    await Run(plan, await servers.tenant()).run()
