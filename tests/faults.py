@@ -1,7 +1,9 @@
-"""What a failed call tells its caller, read from the wire, and the check that it tells nothing else."""
+"""What a failed call tells its caller, the check that it tells nothing else, and how tests wait for what must come."""
 
+import asyncio
+import inspect
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import grpc
@@ -74,3 +76,13 @@ def read_fault(error: grpc.aio.AioRpcError) -> Fault:
         request_id=next((str(value) for key, value in trailers if key == "x-request-id"), None),
         trailers_size=size,
     )
+
+
+async def until(condition: Callable[[], Any], seconds: float = 20) -> None:
+    """Poll until a condition, which may be awaitable, is true."""
+    async with asyncio.timeout(seconds):
+        while True:
+            found = condition()
+            if await found if inspect.isawaitable(found) else found:
+                return
+            await asyncio.sleep(0.01)

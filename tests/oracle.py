@@ -7,6 +7,7 @@ looking at the clock of the zone, and every window is made of the events that li
 import functools
 import io
 import json
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -137,7 +138,7 @@ def storable(value: Json) -> bool:
         return all(storable(one) for one in value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         number = float(value)
-        return number == number and abs(number) != float("inf") and (number % 1 != 0 or abs(number) < 2**53)
+        return math.isfinite(number) and (number % 1 != 0 or abs(number) < 2**53)
     return True
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import inspect
 import itertools
 import os
 import random
@@ -10,7 +9,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import grpc
 import pytest
 import sqlalchemy as sa
 from conftest import FAST, Client, event, running_server, start_server, timestamp
-from faults import fault_of, read_fault
+from faults import fault_of, read_fault, until
 from google.protobuf.struct_pb2 import Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sqlalchemy.dialects.postgresql import insert
@@ -61,16 +60,6 @@ async def counted(database: Database) -> int:
     """How many events all cells together count."""
     async with database.engine.connect() as connection:
         return int((await connection.execute(sa.select(sa.func.sum(usage_cells.c.counted)))).scalar_one() or 0)
-
-
-async def until(condition: Callable[[], Any], seconds: float = 20) -> None:
-    """Poll until a condition, which may be awaitable, is true."""
-    async with asyncio.timeout(seconds):
-        while True:
-            found = condition()
-            if await found if inspect.isawaitable(found) else found:
-                return
-            await asyncio.sleep(0.01)
 
 
 async def waiting_for_a_lock(database: Database) -> bool:
@@ -160,7 +149,7 @@ async def race(database_url: str, rounds: int) -> None:
                 for order, answer in zip(orders, answers, strict=True):
                     for j, verdict in zip(order, answer.verdicts, strict=True):
                         verdicts[j][verdict] += 1
-                assert verdicts == dict.fromkeys(range(events), {ACCEPTED: 1, DUPLICATE: callers - 1})
+                assert verdicts == {j: {ACCEPTED: 1, DUPLICATE: callers - 1} for j in range(events)}
             windows = await clients[1].all_usage(**DAY)
             assert [(w.customer_id, w.billable_metric_id, w.value) for w in windows] == [
                 (customer.id, metric.id, str(total))
@@ -436,7 +425,7 @@ async def test_content_decides_and_not_the_digest(client: Client, database: Data
 
 
 async def test_a_stored_event_is_a_duplicate_for_ever(database_url: str, database: Database) -> None:
-    """What time limits would reject now is answered as stored if it is; what is not stored is rejected with the reason."""
+    """What time limits would reject now is answered as stored if it is; else it is rejected with the reason."""
     now = datetime.now(UTC)
     stored, soon = event("old", at=now - timedelta(hours=3)), event("soon", at=now + timedelta(hours=3))
     async with running_server(database_url) as client:
@@ -580,8 +569,7 @@ async def test_callers_that_leave(database: Database) -> None:
             pending.cancel()
             outcomes["cancelled"] += 1
         except grpc.aio.AioRpcError as error:
-            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED, read_fault(error)
-            outcomes["expired"] += 1
+            outcomes[error.code().name] += 1
         else:
             acknowledged.update(ids)
             outcomes["ok"] += 1
@@ -598,8 +586,7 @@ async def test_callers_that_leave(database: Database) -> None:
         stored = await stored_ids(database)
         assert len(stored) == len(set(stored)) == await counted(database)
         assert acknowledged <= set(stored)
-    assert outcomes["cancelled"], outcomes
-    assert outcomes["expired"], outcomes
+    assert outcomes.keys() - {"ok"} == {"cancelled", "DEADLINE_EXCEEDED"}
     assert len(connects) <= POOL_SIZE
     assert database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
@@ -653,7 +640,7 @@ async def test_ten_thousand_calls_at_once(client: Client, database: Database) ->
 async def own_postgres() -> AsyncIterator[EmbeddedPostgres]:
     """A Postgres that the test may stop."""
     root = Path(tempfile.mkdtemp(prefix="metering-gone-"))
-    root.chmod(0o755)
+    os.chmod(root, 0o755)  # noqa: S103 - as root, Postgres runs as another user
     postgres = EmbeddedPostgres(root / "data", settings=FAST, sync=False)
     try:
         await asyncio.to_thread(postgres.start)
@@ -745,8 +732,8 @@ async def test_the_database_is_killed_under_load(own_postgres: EmbeddedPostgres)
                 group.create_task(send(client, caller, over))
             for _ in range(2):
                 await more("ok", 50)
-                assert (pid := own_postgres.pid)
-                os.kill(pid, signal.SIGKILL)
+                assert own_postgres.pid
+                os.kill(own_postgres.pid, signal.SIGKILL)
                 await more("unavailable", 1)
             await more("ok", 50)
             over.set()

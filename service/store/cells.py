@@ -29,25 +29,17 @@ class Mismatch(NamedTuple):
     computed: dict[str, Any] | None
 
 
-def stored_events(*where: sa.ColumnElement[bool], source: sa.FromClause = usage_events) -> sa.Subquery:
-    """Return the events that metrics count, of the organization bound as `organization`.
-
-    `source` is usage_events, alone or joined with what narrows it.
-    """
+def stored_events(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """Select the events that metrics count, of the organization bound as `organization`."""
     columns = usage_events.c
-    return (
-        sa.select(
-            columns.transaction_id,
-            columns.customer_key,
-            columns.event_type,
-            columns.timestamp,
-            columns.properties,
-            columns.ingested_at,
-        )
-        .select_from(source)
-        .where(columns.organization_id == ORGANIZATION, columns.voided_at.is_(None), columns.source == 0, *where)
-        .subquery("events")
-    )
+    return sa.select(
+        columns.transaction_id,
+        columns.customer_key,
+        columns.event_type,
+        columns.timestamp,
+        columns.properties,
+        columns.ingested_at,
+    ).where(columns.organization_id == ORGANIZATION, columns.voided_at.is_(None), columns.source == 0, *where)
 
 
 def adding(metrics: Sequence[BillableMetric], events: sa.FromClause) -> sa.Insert | None:
@@ -176,7 +168,7 @@ def _distinct_differs(
 def _events_between(start: datetime, end: datetime | None) -> sa.Subquery:
     columns = usage_events.c
     bounds = [columns.timestamp >= start] + ([columns.timestamp < end] if end else [])
-    return stored_events(*bounds)
+    return stored_events(*bounds).subquery("events")
 
 
 def _bucket(events: sa.FromClause) -> sa.ColumnElement[Any]:

@@ -1,0 +1,332 @@
+"""The statements that answer usage queries: cells, and raw events only where a window's bound cuts a cell.
+
+A *piece* is a cell that lies within one window, or a cell made on the fly of the events of a cut cell that belong to
+one window. Every answer is an aggregate of pieces; that is how MAX, LATEST, UNIQUE and AVG, which do not add up from
+window to window, are right for any window.
+"""
+
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from service.domain.metrics import Aggregation, BillableMetric
+from service.domain.usage import GroupBy
+from service.domain.windows import cell_ceil, cell_floor
+from service.store import metric_sql
+from service.store.cells import ORGANIZATION, stored_events
+from service.store.tables import (
+    INSTANT,
+    NUMERIC,
+    customer_keys,
+    customers,
+    usage_cells,
+    usage_distinct_values,
+    usage_events,
+)
+
+Span = tuple[datetime, datetime]
+Bounds = Sequence[Span]
+"""Windows that adjoin one another, in order."""
+
+
+class Pair(NamedTuple):
+    """One customer and one metric."""
+
+    customer_id: uuid.UUID
+    metric_id: uuid.UUID
+
+
+def pairs_with_usage(
+    metrics: Sequence[BillableMetric], span: Span, customer_ids: Sequence[uuid.UUID] | None, least: Pair, limit: int
+) -> sa.Select[Any]:
+    """Select the pairs from `least` on that have an event in the span, in order: customer_id, metric_id.
+
+    Of the customers named, or of all that are not archived.
+    """
+    metric = sa.func.unnest(_uuids(sorted(one.id for one in metrics))).table_valued("id").render_derived("metric")
+    keys, cells = customer_keys.c, usage_cells.c
+    owned = (keys.organization_id == ORGANIZATION, keys.customer_id == customers.c.id)
+    in_cells = (
+        sa.select(sa.true())
+        .select_from(customer_keys.join(usage_cells, _same_key(usage_cells)))
+        .where(*owned, cells.metric_id == metric.c.id, *_within(usage_cells, [span], cut=()))
+    )
+    found: list[sa.ColumnElement[bool]] = [_any(in_cells.correlate(customers, metric))]
+    for one in metrics:
+        for part in _cut([span]):
+            events = _events_of_key(keys.key, sa.literal(part[0], INSTANT), sa.literal(part[1], INSTANT))
+            in_events = (
+                sa.select(sa.true())
+                .select_from(customer_keys.join(events, sa.true()))
+                .where(*owned, metric_sql.matches(one, events))
+            )
+            found.append(sa.and_(metric.c.id == one.id, _any(in_events.correlate(customers, metric))))
+    wanted: sa.ColumnElement[bool] = customers.c.archived_at.is_(None)
+    if customer_ids is not None:
+        wanted = customers.c.id == sa.any_(_uuids(customer_ids))
+    return (
+        sa.select(customers.c.id, metric.c.id)
+        .select_from(customers.join(metric, sa.true()))
+        .where(
+            customers.c.organization_id == ORGANIZATION,
+            wanted,
+            customers.c.id >= least.customer_id,
+            sa.or_(customers.c.id > least.customer_id, metric.c.id >= least.metric_id),
+            sa.or_(*found),
+        )
+        .order_by(customers.c.id, metric.c.id)
+        .limit(limit)
+    )
+
+
+def next_cell(pair: Pair, instant: datetime, end: datetime) -> sa.Select[Any]:
+    """Select the start of the pair's first cell that reaches beyond `instant` and starts before `end`, or NULL."""
+    cells = usage_cells.c
+    return (
+        sa.select(sa.func.min(cells.cell_start))
+        .select_from(customer_keys.join(usage_cells, _same_key(usage_cells)))
+        .where(
+            customer_keys.c.organization_id == ORGANIZATION,
+            customer_keys.c.customer_id == pair.customer_id,
+            cells.metric_id == pair.metric_id,
+            cells.cell_start >= cell_floor(instant),
+            cells.cell_start < end,
+        )
+    )
+
+
+def totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.Select[Any]:
+    """Select what every window with a cell adds up to: customer_id, metric_id, window, and the fields of Measures.
+
+    `metrics` are those of the pairs; `window` is the position in `bounds`. `counted` of a UNIQUE metric is the number
+    of its values, not of the different ones.
+    """
+    pieces = _pieces(metrics, pairs, bounds).subquery("pieces")
+    key = _key(pieces)
+    return sa.select(*key, *_measures(metrics, pieces)).group_by(*key)
+
+
+def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.Select[Any] | None:
+    """Select the number of different values per window of UNIQUE metrics: customer_id, metric_id, window, number.
+
+    None if none of the metrics is UNIQUE.
+    """
+    unique = [metric for metric in metrics if metric.aggregation is Aggregation.UNIQUE]
+    if not unique:
+        return None
+    values = _distinct_pieces(unique, pairs, bounds).subquery("values")
+    key = _key(values)
+    return sa.select(*key, sa.func.count(values.c.value_digest.distinct())).group_by(*key)
+
+
+def group_totals(
+    metric: BillableMetric, group_by: GroupBy, limit: int, pairs: Sequence[Pair], bounds: Bounds
+) -> sa.Select[Any]:
+    """Select what the groups of every window add up to: customer_id, metric_id, window, group_value, Measures.
+
+    The values asked for, or the first `limit` of each window in byte order. `pairs` are of this metric.
+    """
+    place = metric.group_properties.index(group_by.key) + 1
+    pieces = _pieces([metric], pairs, bounds).subquery("pieces")
+    group_value = pieces.c.group_values[place].collate("C")
+    wanted: sa.ColumnElement[bool] = group_value.is_not(None)
+    if group_by.values:
+        wanted = group_value == sa.any_(sa.literal(list(group_by.values), ARRAY(sa.Text)))
+    key = [*_key(pieces), group_value.label("group_value")]
+    rank = sa.func.row_number().over(partition_by=_key(pieces), order_by=group_value)
+    ranked = (
+        sa.select(*key, *_measures([metric], pieces), rank.label("rank"))
+        .where(wanted)
+        .group_by(*_key(pieces), group_value)
+        .subquery("ranked")
+    )
+    columns: dict[str, sa.ColumnElement[Any]] = {one.name: one for one in ranked.c if one.name != "rank"}
+    source: sa.FromClause = ranked
+    if metric.aggregation is Aggregation.UNIQUE:
+        values = _distinct_pieces([metric], pairs, bounds).subquery("values")
+        value_key = [*_key(values), values.c.group_values[place].collate("C").label("group_value")]
+        number = sa.func.count(values.c.value_digest.distinct()).label("number")
+        numbers = sa.select(*value_key, number).group_by(*value_key).subquery("numbers")
+        same = [ranked.c[name] == numbers.c[name] for name in ("customer_id", "metric_id", "window", "group_value")]
+        source = ranked.outerjoin(numbers, sa.and_(*same))
+        columns["counted"] = sa.func.coalesce(numbers.c.number, 0)
+    return sa.select(*columns.values()).select_from(source).where(ranked.c.rank <= limit)
+
+
+def _pieces(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.CompoundSelect[Any]:
+    """Columns: customer_id, metric_id, window, group_values, updated_at and the MEASURES."""
+    wanted = _pair_rows(pairs)
+    cells = usage_cells.c
+    cut = _cut(bounds)
+    parts: list[sa.Select[Any]] = [
+        sa.select(
+            wanted.c.customer_id,
+            cells.metric_id,
+            _window(cells.cell_start, bounds).label("window"),
+            cells.group_values,
+            cells.updated_at,
+            *(cells[name] for name in metric_sql.MEASURES),
+        )
+        .select_from(_with_keys(wanted).join(usage_cells, _same_key(usage_cells)))
+        .where(cells.metric_id == wanted.c.metric_id, *_within(usage_cells, bounds, cut))
+    ]
+    for metric in metrics if cut else ():
+        owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
+        events = _cut_events(owners, cut)
+        made = metric_sql.cells(metric, events, _window(events.c.timestamp, bounds)).subquery()
+        names = ("metric_id", "cell_start", "group_values", "updated_at", *metric_sql.MEASURES)
+        parts.append(_of_owner(made, names))
+    return sa.union_all(*parts)
+
+
+def _distinct_pieces(
+    metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds
+) -> sa.CompoundSelect[Any]:
+    """The different values of UNIQUE metrics, as `_pieces` gives the cells.
+
+    Columns: customer_id, metric_id, window, group_values, value_digest.
+    """
+    wanted = _pair_rows([pair for pair in pairs if any(pair.metric_id == metric.id for metric in metrics)])
+    values, cells = usage_distinct_values.c, usage_cells.c
+    cut = _cut(bounds)
+    cell_of_value = sa.and_(
+        cells.organization_id == ORGANIZATION, *(cells[name] == values[name] for name in metric_sql.CELL_KEY)
+    )
+    source = _with_keys(wanted).join(usage_distinct_values, _same_key(usage_distinct_values))
+    parts: list[sa.Select[Any]] = [
+        sa.select(
+            wanted.c.customer_id,
+            values.metric_id,
+            _window(values.cell_start, bounds).label("window"),
+            cells.group_values,
+            values.value_digest,
+        )
+        .select_from(source.join(usage_cells, cell_of_value))
+        .where(values.metric_id == wanted.c.metric_id, *_within(usage_distinct_values, bounds, cut))
+    ]
+    for metric in metrics if cut else ():
+        owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
+        events = _cut_events(owners, cut)
+        made = metric_sql.distinct_values(metric, events, _window(events.c.timestamp, bounds)).subquery()
+        parts.append(_of_owner(made, ("metric_id", "cell_start", "group_values", "value_digest")))
+    return sa.union_all(*parts)
+
+
+def _measures(metrics: Sequence[BillableMetric], pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
+    """Aggregate pieces to the fields of Measures."""
+    columns = pieces.c
+    latest: sa.ColumnElement[Any] = sa.null().cast(NUMERIC)
+    # Only where it is asked for: it needs the pieces sorted.
+    if any(metric.aggregation is Aggregation.LATEST for metric in metrics):
+        latest = metric_sql.latest(
+            columns.latest_value, columns.latest_at, columns.latest_transaction_id, columns.latest_at.is_not(None)
+        )
+    return [
+        sa.cast(sa.func.sum(columns.counted), sa.BigInteger).label("counted"),
+        sa.cast(sa.func.sum(columns.skipped), sa.BigInteger).label("skipped"),
+        sa.func.sum(columns.sum).label("sum"),
+        sa.func.min(columns.min).label("min"),
+        sa.func.max(columns.max).label("max"),
+        latest.label("latest_value"),
+        sa.func.max(columns.updated_at).label("updated_at"),
+    ]
+
+
+def _cut(bounds: Bounds) -> list[Span]:
+    """Return the parts of windows that lie in a cell which a bound cuts: what cells cannot answer."""
+    spans: list[Span] = []
+    for start, end in bounds:
+        first, last = cell_ceil(start), cell_floor(end)
+        # Without a whole cell in between, the window itself is the part (of one cell, or of two).
+        parts = ((start, first), (last, end)) if first <= last else ((start, end),)
+        spans += [part for part in parts if part[0] < part[1]]
+    return spans
+
+
+def _within(table: sa.Table, bounds: Bounds, cut: Sequence[Span]) -> list[sa.ColumnElement[bool]]:
+    """Condition that a cell lies within the bounds and no bound cuts it."""
+    start, end = bounds[0][0], bounds[-1][1]
+    conditions = [table.c.cell_start >= cell_ceil(start), table.c.cell_start < cell_floor(end)]
+    if inner := sorted({cell_floor(part[0]) for part in cut}):
+        conditions.append(table.c.cell_start != sa.all_(sa.literal(inner, ARRAY(INSTANT))))
+    return conditions
+
+
+def _window(instant: sa.ColumnElement[Any], bounds: Bounds) -> sa.ColumnElement[int]:
+    """Return the position in `bounds` of the window that holds an instant."""
+    if len(bounds) == 1:
+        return sa.literal_column("0", sa.Integer)
+    starts = sa.literal([start for start, _ in bounds], ARRAY(INSTANT))
+    return sa.func.width_bucket(instant, starts, type_=sa.Integer) - 1
+
+
+def _cut_events(customer_ids: Sequence[uuid.UUID], cut: Sequence[Span]) -> sa.Subquery:
+    """Select the events of these customers within the parts of cut cells, key by key and part by part."""
+    keys = customer_keys.c
+    owned = (keys.organization_id == ORGANIZATION, keys.customer_id == sa.any_(_uuids(customer_ids)))
+    owner = sa.select(keys.key).where(*owned).subquery("owner")
+    part = (
+        sa.func.unnest(
+            sa.literal([start for start, _ in cut], ARRAY(INSTANT)), sa.literal([end for _, end in cut], ARRAY(INSTANT))
+        )
+        .table_valued(sa.column("start", INSTANT), sa.column("stop", INSTANT))
+        .render_derived("part")
+    )
+    events = _events_of_key(owner.c.key, part.c.start, part.c.stop)
+    return sa.select(events).select_from(owner.join(part, sa.true()).join(events, sa.true())).subquery("events")
+
+
+def _events_of_key(
+    key: sa.ColumnElement[str], start: sa.ColumnElement[Any], stop: sa.ColumnElement[Any]
+) -> sa.LateralFromClause:
+    """Select the events of one customer key in a span of time, by the index on just that.
+
+    OFFSET 0 keeps the planner from turning this into a join on ranges of time, whose size it cannot guess: it then
+    reads every event of the organization.
+    """
+    columns = usage_events.c
+    select = stored_events(columns.customer_key == key, columns.timestamp >= start, columns.timestamp < stop)
+    return select.offset(sa.literal_column("0")).lateral("of_key")
+
+
+def _of_owner(rows: sa.Subquery, names: Sequence[str]) -> sa.Select[Any]:
+    """Select these columns of rows that have a customer_key, led by the id of the customer who owns it."""
+    owner = sa.and_(customer_keys.c.organization_id == ORGANIZATION, customer_keys.c.key == rows.c.customer_key)
+    return sa.select(customer_keys.c.customer_id, *(rows.c[name] for name in names)).select_from(
+        rows.join(customer_keys, owner)
+    )
+
+
+def _key(pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
+    return [pieces.c.customer_id, pieces.c.metric_id, pieces.c.window]
+
+
+def _any(select: sa.Select[Any]) -> sa.ColumnElement[bool]:
+    # A scalar subquery with a limit is probed pair by pair, in order, until there are enough. A condition of existence
+    # the planner may turn into a join over every cell there is.
+    return select.limit(1).scalar_subquery().is_not(None)
+
+
+def _pair_rows(pairs: Sequence[Pair]) -> Any:
+    return (
+        sa.func.unnest(_uuids([pair.customer_id for pair in pairs]), _uuids([pair.metric_id for pair in pairs]))
+        .table_valued(sa.column("customer_id", sa.Uuid), sa.column("metric_id", sa.Uuid))
+        .render_derived("pair")
+    )
+
+
+def _with_keys(pair: Any) -> sa.Join:
+    owned = sa.and_(customer_keys.c.organization_id == ORGANIZATION, customer_keys.c.customer_id == pair.c.customer_id)
+    return sa.join(pair, customer_keys, owned)
+
+
+def _same_key(table: sa.Table) -> sa.ColumnElement[bool]:
+    return sa.and_(table.c.organization_id == ORGANIZATION, table.c.customer_key == customer_keys.c.key)
+
+
+def _uuids(values: Sequence[uuid.UUID]) -> sa.BindParameter[Any]:
+    return sa.literal(list(values), ARRAY(sa.Uuid))

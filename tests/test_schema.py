@@ -1,0 +1,144 @@
+"""Things that are written twice agree: migrations and tables, proto enums and the domain's, protos and stubs."""
+
+import enum
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+
+from metering.v1 import billable_metric_pb2, customer_pb2, error_reason_pb2, event_pb2, usage_pb2
+from service.database import Database
+from service.domain.customers import BillingFrequency
+from service.domain.events import Verdict
+from service.domain.metrics import Aggregation
+from service.domain.windows import WindowSize
+from service.errors import Reason
+from service.migrations import is_current, upgrade
+from service.server import SERVICES
+from service.store.tables import METADATA
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+# --- Migrations and table definitions
+
+
+async def test_migrations_make_the_tables_that_are_defined(database: Database) -> None:
+    """Alembic finds no difference in tables, columns, types, defaults, indexes or constraints."""
+
+    def compare(connection: sa.Connection) -> list[Any]:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        return list(compare_metadata(context, METADATA))
+
+    async with database.engine.connect() as connection:
+        assert await connection.run_sync(compare) == []
+
+
+async def test_what_alembic_does_not_compare_agrees_too(database: Database) -> None:
+    """Primary keys in their order, the names of all constraints, and the collation of every text column."""
+
+    def describe(connection: sa.Connection) -> dict[str, Any]:
+        inspector = sa.inspect(connection)
+        return {
+            table: (
+                inspector.get_pk_constraint(table),
+                sorted(str(one["name"]) for one in inspector.get_unique_constraints(table)),
+                sorted(str(one["name"]) for one in inspector.get_foreign_keys(table)),
+                {str(one["name"]): getattr(one["type"], "collation", None) for one in inspector.get_columns(table)},
+            )
+            for table in METADATA.tables
+        }
+
+    async with database.engine.begin() as connection:
+        migrated = await connection.run_sync(describe)
+        for table in METADATA.tables:
+            await connection.execute(sa.DDL(f'DROP TABLE "{table}" CASCADE'))
+        await connection.run_sync(METADATA.create_all)
+        defined = await connection.run_sync(describe)
+        await connection.rollback()
+    assert migrated == defined
+
+
+async def test_upgrade_of_an_upgraded_database_changes_nothing(database: Database) -> None:
+    """A second upgrade leaves schema and rows as they are."""
+    rows = sa.text("SELECT id, catalog_version, created_at FROM organizations")
+    async with database.engine.connect() as connection:
+        before = (await connection.execute(rows)).all()
+    await upgrade(database.engine)
+    assert await is_current(database.engine)
+    async with database.engine.connect() as connection:
+        assert (await connection.execute(rows)).all() == before
+    assert [row.id for row in before] == ["default"]
+
+
+async def test_another_version_is_not_current(database: Database) -> None:
+    """A database of a version that this one does not know is told from its own."""
+    async with database.engine.begin() as connection:
+        await connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    assert not await is_current(database.engine)
+
+
+# --- The contract and the domain
+
+ENUMS: list[tuple[EnumTypeWrapper, str, type[enum.Enum]]] = [
+    (billable_metric_pb2.AggregationType, "AGGREGATION_TYPE_", Aggregation),
+    (usage_pb2.WindowSize, "WINDOW_SIZE_", WindowSize),
+    (event_pb2.Verdict, "VERDICT_", Verdict),
+    (customer_pb2.BillingFrequency, "BILLING_FREQUENCY_", BillingFrequency),
+    (error_reason_pb2.ErrorReason, "ERROR_REASON_", Reason),
+]
+
+
+@pytest.mark.parametrize(("wire", "prefix", "domain"), ENUMS, ids=[one[2].__name__ for one in ENUMS])
+def test_proto_enums_are_the_domains(wire: EnumTypeWrapper, prefix: str, domain: type[enum.Enum]) -> None:
+    """Every value but 0 = UNSPECIFIED has the name of exactly one domain value, and the other way round."""
+    names = {number: name for name, number in wire.items()}
+    assert names.pop(0) == f"{prefix}UNSPECIFIED"
+    assert {name.removeprefix(prefix) for name in names.values()} == {one.name for one in domain}
+    if domain in {Aggregation, WindowSize, BillingFrequency, Reason}:  # these go by their values
+        assert {one.value for one in domain} == {one.name for one in domain}
+
+
+def test_every_error_reason_is_documented_with_its_own_example() -> None:
+    """Above each reason stands an ErrorInfo as JSON that names that reason."""
+    lines = (REPOSITORY / "protos/metering/v1/error_reason.proto").read_text().splitlines()
+    for i, line in enumerate(lines):
+        name = line.strip().partition(" ")[0].removeprefix("ERROR_REASON_")
+        if line.strip().startswith("ERROR_REASON_") and name != "UNSPECIFIED":
+            assert f'{{"reason":"{name}","domain":"metering"' in lines[i - 1], name
+
+
+# --- Generated code
+
+
+def test_generated_code_is_fresh() -> None:
+    """The stubs and the descriptor set in generated/ are what the protos say."""
+    done = subprocess.run(
+        [sys.executable, "protos/generate.py", "--check"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_descriptor_set_is_whole() -> None:
+    """A tool without reflection finds every service, and the error details, in the committed descriptor set."""
+    raw = (REPOSITORY / "generated/metering/descriptors.binpb").read_bytes()
+    files = descriptor_pb2.FileDescriptorSet.FromString(raw).file
+    pool = descriptor_pool.DescriptorPool()
+    for file in files:  # fails when a file that another one imports is missing
+        pool.Add(file)  # type: ignore[no-untyped-call]
+    for name in SERVICES:
+        assert pool.FindServiceByName(name).methods
+    for name in ("ErrorInfo", "BadRequest", "RetryInfo"):
+        assert pool.FindMessageTypeByName(f"google.rpc.{name}").fields

@@ -1,0 +1,526 @@
+"""Claims about organizations: whose call it is, and that no call sees, changes, counts or detects another's data."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import grpc
+import pytest
+import sqlalchemy as sa
+from conftest import Client, event, running_server, timestamp
+from faults import Fault, fault_of, until
+from google.protobuf import message_factory
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+from metering.v1 import billable_metric_pb2, customer_pb2, event_pb2, usage_pb2
+from service.auth import TRUST_S, NewApiKey, new_api_key
+from service.config import Config
+from service.database import Database
+from service.server import CannotServe, serving
+from service.store import organizations
+from service.store.tables import METADATA
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+METRIC, CUSTOMER, BILLED = (f"00000000-0000-4000-8000-0000000000{i:02}" for i in range(3))
+UNKNOWN = "00000000-0000-4000-8000-00000000dead"
+MISSING = ("UNAUTHENTICATED", "CREDENTIAL_MISSING", None)
+REFUSED = ("UNAUTHENTICATED", "CREDENTIAL_INVALID", None)
+MODULES = (event_pb2, billable_metric_pb2, customer_pb2, usage_pb2)
+METHODS = [
+    method
+    for module in MODULES
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
+
+
+class Caller(NamedTuple):
+    """An organization's way to the server."""
+
+    client: Client
+    key: NewApiKey
+
+    @property
+    def metadata(self) -> list[tuple[str, str]]:
+        """The headers of its calls."""
+        return [("authorization", f"Bearer {self.key.text}")]
+
+    async def call(self, method: str, **fields: Any) -> Any:
+        """Call a method by its name, with its request's fields."""
+        return await send(self.client, method, self.metadata, **fields)
+
+    async def faulted(self, method: str, **fields: Any) -> Fault:
+        """Call a method that must fail, and read why, without what differs between any two calls."""
+        fault = await fault_of(self.call(method, **fields))
+        return fault._replace(request_id=None)
+
+
+def send(
+    client: Client, method: str, metadata: Sequence[tuple[str, str]] | None = None, **fields: Any
+) -> Awaitable[Any]:
+    """Call a method by its name."""
+    (descriptor,) = (one for one in METHODS if one.name == method)
+    request = message_factory.GetMessageClass(descriptor.input_type)(**fields)
+    answer = message_factory.GetMessageClass(descriptor.output_type)
+    path = f"/{descriptor.containing_service.full_name}/{method}"
+    call = client.channel.unary_unary(path, type(request).SerializeToString, answer.FromString)
+    return call(request, metadata=metadata)  # type: ignore[no-any-return]
+
+
+async def new_key(database: Database, organization: str) -> NewApiKey:
+    """Make a credential of an organization, and the organization if it is not there."""
+    key = new_api_key()
+    async with database.engine.begin() as connection:
+        await organizations.create_organization(connection, organization)
+        await organizations.create_api_key(connection, organization, key.id, "test", key.secret_hash)
+    return key
+
+
+@pytest.fixture
+async def both(database_url: str, database: Database) -> AsyncIterator[tuple[Caller, Caller]]:
+    """Two organizations on one server."""
+    keys = [await new_key(database, name) for name in ("one", "two")]
+    async with running_server(database_url) as client:
+        yield Caller(client, keys[0]), Caller(client, keys[1])
+
+
+def usage_of(**fields: Any) -> dict[str, Any]:
+    """The fields of a ListUsage of one day."""
+    return {
+        "window_size": "WINDOW_SIZE_DAY",
+        "starting_on": timestamp(START),
+        "ending_before": timestamp(START + timedelta(days=1)),
+        **fields,
+    }
+
+
+# Every method, with ids that the caller's organization may or may not have: what is asked of both.
+READS: list[tuple[str, dict[str, Any]]] = [
+    ("ListUnmatchedCustomerKeys", {}),
+    ("GetBillableMetric", {"id": METRIC}),
+    ("ListBillableMetrics", {"include_archived": True}),
+    ("GetCustomer", {"id": CUSTOMER}),
+    ("ListCustomers", {"include_archived": True}),
+    ("ListCustomers", {"customer_key": "acme"}),
+    ("ListCustomers", {"customer_key": CUSTOMER}),
+    ("ListUsage", usage_of()),
+    ("ListUsage", usage_of(omit_empty_windows=True)),
+    ("ListUsage", usage_of(customer_ids=[CUSTOMER])),
+    ("ListUsage", usage_of(billable_metrics=[{"id": METRIC, "group_by": {"key": "region"}}])),
+    ("ListUsage", usage_of(customer_ids=[CUSTOMER], billable_metrics=[{"id": METRIC}])),
+    # Bounds that cut a cell are answered from the events themselves.
+    (
+        "ListUsage",
+        usage_of(window_size="WINDOW_SIZE_NONE", starting_on=timestamp(START - timedelta(minutes=7, seconds=3))),
+    ),
+    (
+        "ListUsage",
+        usage_of(
+            window_size="WINDOW_SIZE_NONE",
+            ending_before=timestamp(START + timedelta(minutes=7)),
+            customer_ids=[CUSTOMER],
+            billable_metrics=[{"id": METRIC, "group_by": {"key": "region"}}, {"id": BILLED}],
+        ),
+    ),
+]
+WRITES: list[tuple[str, dict[str, Any]]] = [
+    ("UpdateBillableMetric", {"billable_metric": {"id": METRIC, "name": "renamed"}}),
+    ("SetIngestAliases", {"id": CUSTOMER, "ingest_aliases": ["other"]}),
+    (
+        "SetBillingPeriod",
+        {
+            "id": CUSTOMER,
+            "billing_period": {
+                "frequency": "BILLING_FREQUENCY_WEEKLY",
+                "anchor_date": "2026-01-01",
+                "starting_on": "2026-01-01",
+            },
+        },
+    ),
+    ("UpdateCustomer", {"customer": {"id": CUSTOMER, "name": "renamed", "buyer_id": "other"}}),
+    ("ArchiveCustomer", {"id": CUSTOMER}),
+    ("ArchiveBillableMetric", {"id": METRIC}),
+]
+CREATES: list[tuple[str, dict[str, Any]]] = [
+    (
+        "CreateBillableMetric",
+        {
+            "billable_metric": {
+                "id": METRIC,
+                "name": "sum",
+                "key": "sum",
+                "aggregation_type": "AGGREGATION_TYPE_SUM",
+                "aggregation_key": "n",
+                "group_keys": [{"properties": ["region"]}],
+            }
+        },
+    ),
+    (
+        "CreateBillableMetric",
+        {
+            "billable_metric": {
+                "id": BILLED,
+                "name": "unique",
+                "aggregation_type": "AGGREGATION_TYPE_UNIQUE",
+                "aggregation_key": "n",
+            }
+        },
+    ),
+    ("CreateCustomer", {"customer": {"id": CUSTOMER, "name": "Acme", "buyer_id": "b", "ingest_aliases": ["acme"]}}),
+]
+
+
+def batch(n: int, region: str) -> dict[str, Any]:
+    """Events under ids that both organizations use."""
+    events = [event(f"e{i}", properties={"n": n + i, "region": region}) for i in range(3)]
+    return {"events": [*events, event("nobody", customer_id="nobody", properties={"n": n})]}
+
+
+async def fill(caller: Caller, n: int, region: str) -> None:
+    """Make everything under the shared ids, with numbers of its own."""
+    for method, fields in CREATES:
+        await caller.call(method, **fields)
+    answer = await caller.call("IngestEvents", **batch(n, region))
+    assert set(answer.verdicts) == {event_pb2.VERDICT_ACCEPTED}
+
+
+async def everything(caller: Caller) -> list[Any]:
+    """What an organization can see: the answer or fault of every read."""
+    seen = []
+    for method, fields in READS:
+        try:
+            answer = await caller.call(method, **fields)
+        except grpc.aio.AioRpcError as error:
+            seen.append((error.code(), error.details()))
+        else:
+            seen.append(answer)
+    return seen
+
+
+def test_the_walk_is_whole() -> None:
+    """Every method of every service is walked: a new one must be added here."""
+    walked = {method for method, _ in (*READS, *WRITES, *CREATES)} | {"IngestEvents"}
+    assert walked == {method.name for method in METHODS}
+
+
+# --- One organization and the other
+
+
+async def test_an_empty_organization_stays_empty(both: tuple[Caller, Caller], database: Database) -> None:
+    """What one organization stores is in no answer to the other, and every id answers it as if it did not exist."""
+    one, two = both
+    before = await everything(two)
+    await fill(one, 1, "north")
+    assert await everything(two) == before
+    assert not any("acme" in str(answer).lower() or "north" in str(answer) for answer in before)
+    # The other's ids answer exactly like ids that nobody has: code, text, reason and metadata.
+    for method, fields in (*READS, *WRITES):
+        named = _with(fields, {METRIC, CUSTOMER, BILLED}, UNKNOWN)
+        if named == fields or method == "ListCustomers":
+            continue
+        theirs, nobodys = await two.faulted(method, **fields), await two.faulted(method, **named)
+        for known in (METRIC, CUSTOMER):
+            theirs = _renamed(theirs, known)
+        assert theirs == _renamed(nobodys, UNKNOWN)
+        assert theirs.code == "NOT_FOUND"
+    assert await everything(two) == before
+
+
+def _with(value: Any, ids: set[str], other: str) -> Any:
+    """A request with other ids in the same places."""
+    if isinstance(value, dict):
+        return {key: _with(one, ids, other) for key, one in value.items()}
+    if isinstance(value, list):
+        # Named twice, an id would be a fault of another kind.
+        return [_with(one, ids, other[: -len(str(i))] + str(i) if i else other) for i, one in enumerate(value)]
+    return other if isinstance(value, str) and value in ids else value
+
+
+def _renamed(fault: Fault, known: str) -> Fault:
+    return fault._replace(
+        text=fault.text.replace(known, "ID"),
+        metadata={key: value.replace(known, "ID") for key, value in fault.metadata.items()},
+    )
+
+
+async def test_equal_ids_are_other_things(both: tuple[Caller, Caller], database: Database) -> None:
+    """Both organizations hold the same ids, each with its own content: creates, verdicts and numbers are their own."""
+    one, two = both
+    await fill(one, 1, "north")
+    await fill(two, 100, "south")
+    for caller, total, unique, region in ((one, "6", "3", "north"), (two, "303", "3", "south")):
+        request = usage_of(billable_metrics=[{"id": METRIC, "group_by": {"key": "region"}}, {"id": BILLED}])
+        windows = (await caller.call("ListUsage", **request)).windows
+        assert [(w.billable_metric_id, w.value) for w in windows] == [(METRIC, total), (BILLED, unique)]
+        assert {name: group.value for name, group in windows[0].groups.items()} == {region: total}
+        (key,) = (await caller.call("ListUnmatchedCustomerKeys")).unmatched_customer_keys
+        assert (key.customer_key, key.event_count) == ("nobody", 1)
+    # A resend is compared with the caller's own events.
+    for caller, n, region in ((one, 1, "north"), (two, 100, "south")):
+        answer = await caller.call("IngestEvents", **batch(n, region))
+        assert set(answer.verdicts) == {event_pb2.VERDICT_DUPLICATE}
+    answer = await two.call("IngestEvents", **batch(1, "north"))
+    assert set(answer.verdicts) == {event_pb2.VERDICT_CONFLICT}
+    assert "north" not in str(answer)
+    assert "south" not in str(answer)
+
+
+async def test_changes_touch_only_their_own(both: tuple[Caller, Caller], database: Database) -> None:
+    """Every write of one organization, on ids that both have, leaves all that the other sees as it was."""
+    one, two = both
+    await fill(one, 1, "north")
+    await fill(two, 100, "south")
+    rows = await stored(database, "one")
+    before = await everything(one)
+    for method, fields in WRITES:
+        own = await everything(two)
+        await two.call(method, **fields)
+        # It did something, and not to the other.
+        assert await everything(two) != own, method
+        assert await everything(one) == before, method
+    more = [event(f"more{i}", customer_id="acme", properties={"n": 7, "region": "south"}) for i in range(5)]
+    await two.call("IngestEvents", events=more)
+    await two.call("CreateCustomer", customer={"name": "New", "ingest_aliases": ["nobody"]})
+    await two.call("CreateBillableMetric", billable_metric={"name": "new", "aggregation_type": 1})
+    assert await everything(one) == before
+    assert await stored(database, "one") == rows
+
+
+async def stored(database: Database, organization: str) -> dict[str, list[Any]]:
+    """Every row of an organization, in every table that has organizations."""
+    found = {}
+    async with database.engine.connect() as connection:
+        for table in METADATA.sorted_tables:
+            if "organization_id" in table.c and table.name != "api_keys":
+                query = sa.select(table).where(table.c.organization_id == organization)
+                found[table.name] = sorted(map(str, await connection.execute(query)))
+    assert len(found) == 6
+    assert all(found.values())
+    return found
+
+
+async def test_what_one_has_does_not_take_names_from_the_other(both: tuple[Caller, Caller]) -> None:
+    """Ids, keys, aliases and buyer ids in use elsewhere are free here; in use here they are not."""
+    one, two = both
+    await fill(one, 1, "north")
+    customer = {"name": "Other", "buyer_id": "b", "ingest_aliases": ["acme", CUSTOMER.replace("8000", "9000")]}
+    await two.call("CreateCustomer", customer=customer)
+    metric = {"name": "other", "key": "sum", "aggregation_type": "AGGREGATION_TYPE_COUNT"}
+    await two.call("CreateBillableMetric", billable_metric=metric)
+    assert (await one.faulted("CreateCustomer", customer={"name": "x", "buyer_id": "b"})).reason == "BUYER_ID_IN_USE"
+    taken = {"name": "x", "ingest_aliases": ["acme"]}
+    assert (await one.faulted("CreateCustomer", customer=taken)).reason == "CUSTOMER_KEY_IN_USE"
+    assert (await one.faulted("CreateBillableMetric", billable_metric=metric)).reason == "METRIC_KEY_IN_USE"
+
+
+async def test_calls_at_once_do_not_mix(both: tuple[Caller, Caller]) -> None:
+    """Concurrent batches of both organizations, with equal ids, never share a transaction or a verdict."""
+    for caller, n in zip(both, (1, 100), strict=True):
+        for method, fields in CREATES:
+            await caller.call(method, **fields)
+        assert n
+    numbers = range(60)
+    answers = await asyncio.gather(
+        *(
+            caller.call("IngestEvents", events=[event(f"x{i}", properties={"n": n, "region": "r"})])
+            for i in numbers
+            for caller, n in zip(both, (1, 100), strict=True)
+        )
+    )
+    assert {tuple(answer.verdicts) for answer in answers} == {(event_pb2.VERDICT_ACCEPTED,)}
+    for caller, n in zip(both, (1, 100), strict=True):
+        (window,) = (await caller.call("ListUsage", **usage_of(billable_metrics=[{"id": METRIC}]))).windows
+        assert window.value == str(n * len(numbers))
+
+
+async def test_the_organization_comes_from_nothing_else(both: tuple[Caller, Caller]) -> None:
+    """Headers that name an organization are ignored."""
+    one, two = both
+    await fill(one, 1, "north")
+    for name in ("x-org-id", "x-organization", "organization", "organization-id", "x-forwarded-user", "x-api-key"):
+        metadata = [*two.metadata, (name, "one")]
+        listed = await send(one.client, "ListCustomers", metadata)
+        assert not listed.customers
+        assert (await fault_of(send(one.client, "GetCustomer", metadata, id=CUSTOMER))).code == "NOT_FOUND"
+
+
+# --- Credentials
+
+
+def bad_credentials(key: NewApiKey, other: NewApiKey) -> list[list[tuple[str, str]]]:
+    """Headers that must be refused, made from a good key."""
+    text, (prefix, key_id, secret) = key.text, key.text.split("_", 2)
+    other_secret = other.text.split("_", 2)[2]
+    values = [
+        "", " ", "Bearer", "Bearer ", "Bearer  " + text, "Bearer " + text + " x", "Basic " + text, text, "Bearer x",
+        "Bearer mtr", "Bearer mtr_", "Bearer mtr__", "Bearer mtr_" + key_id, f"Bearer mtr_{key_id}_", f"Bearer {key_id}_{secret}",
+        f"Bearer {prefix.upper()}_{key_id}_{secret}", f"Bearer {prefix}_{key_id}_{secret}x", f"Bearer {prefix}_{key_id}_{secret[:-1]}",
+        f"Bearer {prefix}_{key_id}_{other_secret}", f"Bearer {prefix}_{key_id.upper()}x_{secret}", f"Bearer {new_api_key().text}",
+        f"Bearer {prefix}_{'f' * 4000}_{secret}", f"Bearer {prefix}_' OR 1=1--_{secret}", f"Bearer {prefix}_%_{secret}",
+        f"Bearer {prefix}_{key_id}_{secret.swapcase()}", f"Bearer {prefix}_{key_id}_{secret}=",
+    ]  # fmt: skip
+    bad = [[("authorization", value)] for value in values]
+    bad.append([("authorization", f"Bearer {text}"), ("authorization", f"Bearer {text}")])
+    bad.append([("authorization", f"Bearer {text}"), ("authorization", f"Bearer {other.text}")])
+    return bad
+
+
+async def test_every_method_needs_a_credential(both: tuple[Caller, Caller]) -> None:
+    """From the descriptors: each method without, with a malformed and with an unknown key is UNAUTHENTICATED."""
+    one, two = both
+    assert len(METHODS) >= 14
+    for method in METHODS:
+        assert (await fault_of(send(one.client, method.name))).brief == MISSING, method.full_name
+        for metadata in ([("authorization", "Bearer x")], [("authorization", f"Bearer {new_api_key().text}")]):
+            assert (await fault_of(send(one.client, method.name, metadata))).brief == REFUSED, method.full_name
+        # A credential in another header is none.
+        fault = await fault_of(send(one.client, method.name, [("x-api-key", one.key.text)]))
+        assert fault.brief == MISSING
+
+
+async def test_bad_credentials(both: tuple[Caller, Caller]) -> None:
+    """Whatever is wrong with a credential, the answer is the same and tells nothing of it."""
+    one, two = both
+    texts = set()
+    for metadata in bad_credentials(one.key, two.key):
+        fault = await fault_of(send(one.client, "ListCustomers", metadata))
+        assert fault.brief == REFUSED, metadata
+        texts.add((fault.text, *fault.metadata))
+    assert len(texts) == 1
+    for scheme in ("Bearer", "bearer", "BEARER", "Key"):
+        await send(one.client, "ListCustomers", [("authorization", f"{scheme} {one.key.text}")])
+
+
+async def test_a_bad_credential_comes_before_a_bad_request(both: tuple[Caller, Caller]) -> None:
+    """Without a credential nobody learns whether a request is right or an id is taken."""
+    one, _ = both
+    await fill(one, 1, "north")
+    for method, fields in (*READS, *WRITES, *CREATES, ("IngestEvents", batch(1, "north"))):
+        fault = await fault_of(send(one.client, method, **fields))
+        assert fault.brief == MISSING
+
+
+async def test_health_is_public_and_reflection_is_not(both: tuple[Caller, Caller]) -> None:
+    """Orchestrators need no key; whoever wants to read the API does."""
+    one, _ = both
+    health = health_pb2_grpc.HealthStub(one.client.channel)
+    request = health_pb2.HealthCheckRequest(service="metering.v1.EventService")
+    assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+    async for answer in health.Watch(request):
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        break
+    stub = reflection_pb2_grpc.ServerReflectionStub(one.client.channel)
+
+    async def services(metadata: Any = None) -> list[str]:
+        requests = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        answers = [a async for a in stub.ServerReflectionInfo(requests, metadata=metadata)]
+        return [service.name for answer in answers for service in answer.list_services_response.service]
+
+    assert (await fault_of(services())).brief == MISSING
+    assert (await fault_of(services([("authorization", "Bearer x")]))).brief == REFUSED
+    expected = {method.containing_service.full_name for method in METHODS}
+    assert set(await services(one.metadata)) == expected | {"grpc.health.v1.Health", reflection.SERVICE_NAME}
+
+
+async def test_a_revoked_key_is_refused(both: tuple[Caller, Caller], database: Database) -> None:
+    """Revocation is felt within TRUST_S and for good; other keys, of the same organization too, go on."""
+    one, two = both
+    second = Caller(one.client, await new_key(database, "one"))
+    await asyncio.gather(*(caller.call("ListCustomers") for caller in (one, two, second)))
+    async with database.engine.begin() as connection:
+        # Another organization cannot revoke it.
+        assert not await organizations.revoke_api_key(connection, "two", one.key.id)
+        assert await organizations.revoke_api_key(connection, "one", one.key.id)
+    began = asyncio.get_running_loop().time()
+    await until(lambda: refused(one), TRUST_S + 3)
+    assert asyncio.get_running_loop().time() - began < TRUST_S + 1
+    for _ in range(3):
+        assert (await one.faulted("ListCustomers")).brief == REFUSED
+    await two.call("ListCustomers")
+    await second.call("ListCustomers")
+    # Though every key were revoked the server does not open again.
+    async with database.engine.begin() as connection:
+        await organizations.revoke_api_key(connection, "one", second.key.id)
+        await organizations.revoke_api_key(connection, "two", two.key.id)
+    await until(lambda: refused(two), TRUST_S + 3)
+    assert (await fault_of(send(one.client, "ListCustomers"))).brief == MISSING
+
+
+async def refused(caller: Caller) -> bool:
+    """Say whether a caller's credential does not work now."""
+    try:
+        await caller.call("ListCustomers")
+    except grpc.aio.AioRpcError as error:
+        return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return False
+
+
+async def test_a_trusted_key_costs_no_query(both: tuple[Caller, Caller], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A credential checked a moment ago is trusted without asking the database again."""
+    one, _ = both
+    asked: list[str] = []
+    for name in ("any_api_key", "find_api_key"):
+        monkeypatch.setattr(organizations, name, _spied(getattr(organizations, name), asked, name))
+    for _ in range(10):
+        await one.call("ListCustomers")
+    assert len(asked) <= 4
+
+
+def _spied(function: Callable[..., Any], asked: list[str], name: str) -> Callable[..., Any]:
+    def spied(*arguments: Any) -> Any:
+        asked.append(name)
+        return function(*arguments)
+
+    return spied
+
+
+# --- Open mode
+
+
+async def test_open_mode_and_its_end(client: Client, database: Database) -> None:
+    """Without keys every caller is `default`, whatever it presents; the first key ends that within a few seconds."""
+    await client.create_customer(id=CUSTOMER)
+    for metadata in bad_credentials(new_api_key(), new_api_key()):
+        answer = await send(client, "ListCustomers", metadata)
+        assert [one.id for one in answer.customers] == [CUSTOMER]
+    key = Caller(client, await new_key(database, "one"))
+    began = asyncio.get_running_loop().time()
+
+    async def closed() -> bool:
+        try:
+            await send(client, "ListCustomers")
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
+        return False
+
+    await until(closed, TRUST_S + 3)
+    assert asyncio.get_running_loop().time() - began < TRUST_S + 1
+    # The new organization has nothing; what was stored in open mode belongs to `default`.
+    assert not (await key.call("ListCustomers")).customers
+    default = Caller(client, await new_key(database, "default"))
+    assert [one.id for one in (await default.call("ListCustomers")).customers] == [CUSTOMER]
+
+
+async def test_open_mode_listens_to_this_machine_only(
+    database_url: str, database: Database, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Without keys only loopback and unix sockets may be listened on; with keys any address."""
+
+    async def start(*addresses: str) -> None:
+        config = Config(listen=addresses, allow_unsafe_database=True)
+        async with serving(config, database) as bound:
+            assert len(bound) == len(addresses)
+
+    outside = ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.com:0", "metering:0", ":0"]
+    socket = f"unix:{tmp_path_factory.mktemp('s')}/s"
+    for address in outside:
+        with pytest.raises(CannotServe, match="keys create"):
+            await start(address)
+        # One open door is enough to refuse.
+        with pytest.raises(CannotServe, match="keys create"):
+            await start("127.0.0.1:0", socket, address)
+    await start("127.0.0.1:0", "localhost:0", "127.0.0.2:0", socket)
+    await new_key(database, "one")
+    await start("0.0.0.0:0", "127.0.0.1:0", socket)
