@@ -39,7 +39,7 @@ class Steps:
     """Holds the backfill of every server in this process and lets it go on chunk by chunk."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.events_max = 10
+        self.events_max = 20
         self.chunks = 0
         self._open = False
         self._allowed = 0
@@ -66,7 +66,9 @@ class Steps:
                 self._allowed += 1
                 self._changed.notify_all()
             async with asyncio.timeout(20):
-                while await positions(database) == before:
+                while True:
+                    if await positions(database) != before:
+                        break
                     await asyncio.sleep(0.01)
 
     async def go_on(self) -> None:
@@ -74,11 +76,6 @@ class Steps:
         async with self._changed:
             self._open = True
             self._changed.notify_all()
-
-    async def hold(self) -> None:
-        """Stop again before the next chunk."""
-        async with self._changed:
-            self._open, self._allowed = False, 0
 
 
 @pytest.fixture
@@ -114,7 +111,7 @@ async def counted(client: Client, made: dict[str, billable_metric_pb2.BillableMe
         await client.counted((await client.metrics.GetBillableMetric(request)).billable_metric)
 
 
-def drawn(number: int, seed: int, *, hours: float = 72, start: datetime = DAY) -> list[event_pb2.UsageEvent]:
+def drawn(number: int, seed: int, *, hours: float = 36, start: datetime = DAY) -> list[event_pb2.UsageEvent]:
     """Events of several customers, kinds and regions over some hours; some cannot be aggregated, some are no number."""
     draw = random.Random(seed)
     values = [1, 2.5, "0.000000000000000001", "-7", 1e12, "no number", None, "9" * 38, "1e5", True]
@@ -212,7 +209,7 @@ async def test_a_metric_made_after_its_events_gives_the_same_numbers(client: Cli
     await assert_exact(database)
 
 
-@pytest.mark.parametrize("events_max", [1, 2, 3, 7, 1_000])
+@pytest.mark.parametrize("events_max", [1, 3, 8, 1_000])
 async def test_the_size_of_chunks_does_not_matter(
     database_url: str, database: Database, steps: Steps, events_max: int
 ) -> None:
@@ -293,7 +290,7 @@ async def test_a_backfill_survives_the_server(database_url: str, database: Datab
     """A server that stops halfway leaves the rest to the next one, and the sum is exact."""
     async with with_customer(database_url) as client:
         early = await start_all(client)
-        await ingest(client, drawn(300, seed=6))
+        await ingest(client, drawn(120, seed=6))
         late = await start_all(client)
         await steps.go(database, 9)
     unfinished = [until for until in (await positions(database)).values() if until is not None]
@@ -316,7 +313,7 @@ async def test_a_chunk_that_fails_is_counted_again(
     calls = itertools.count()
 
     async def chunk(connection: AsyncConnection, organization: str, metric_id: uuid.UUID) -> bool:
-        more = await original(connection, organization, metric_id, events_max=40)
+        more = await original(connection, organization, metric_id, events_max=60)
         if next(calls) % 2 == 0:
             raise ConnectionResetError
         return more
@@ -338,7 +335,7 @@ async def test_two_replicas_may_count_at_once(database_url: str, database: Datab
     steps.events_max = 15
     async with with_customer(database_url) as client, running_server(database_url) as other:
         early = await start_all(client)
-        await ingest(client, drawn(400, seed=9))
+        await ingest(client, drawn(200, seed=9))
         late = await start_all(client)
         await steps.go_on()
         await asyncio.gather(counted(client, late), counted(other, late))
@@ -379,16 +376,16 @@ async def test_events_may_come_while_the_past_is_counted(database_url: str, data
 
 async def test_a_busy_service_backfills_exactly(database_url: str, database: Database, steps: Steps) -> None:
     """While writers send events through two replicas without pause, both count the past, and the sum is exact."""
-    steps.events_max = 25
+    steps.events_max = 40
     await steps.go_on()
     async with with_customer(database_url) as client, running_server(database_url) as other:
         early = await start_all(client)
-        await ingest(client, drawn(300, seed=11))
+        await ingest(client, drawn(150, seed=11))
         over = asyncio.Event()
 
         async def write(to: Client, seed: int) -> None:
             # Not for ever: the backfill goes hour by hour and these events are within its hours.
-            for turn in range(40):
+            for turn in range(20):
                 if over.is_set():
                     break
                 await ingest(to, drawn(12, seed=seed + turn))
@@ -442,7 +439,7 @@ async def test_archiving_may_come_while_the_past_is_counted(
 async def test_organizations_take_turns(database_url: str, database: Database, steps: Steps) -> None:
     """Of several unfinished metrics each gets a chunk in turn; none waits for another's whole past."""
     async with with_customer(database_url) as client:
-        await ingest(client, drawn(200, seed=12))
+        await ingest(client, drawn(150, seed=12))
         made = [await start_metric(client) for _ in range(3)]
         # The round that runs may have begun when there was but the first.
         await steps.go(database, 1 + 2 * len(made))

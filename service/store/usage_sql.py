@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.sql.selectable import LateralFromClause
 
 from service.domain.metrics import Aggregation, BillableMetric
 from service.domain.usage import GroupBy
@@ -282,7 +283,7 @@ def _cut_events(customer_ids: Sequence[uuid.UUID], cut: Sequence[Span]) -> sa.Su
 
 def _events_of_key(
     key: sa.ColumnElement[str], start: sa.ColumnElement[Any], stop: sa.ColumnElement[Any]
-) -> sa.LateralFromClause:
+) -> LateralFromClause:
     """Select the events of one customer key in a span of time, by the index on just that.
 
     OFFSET 0 keeps the planner from turning this into a join on ranges of time, whose size it cannot guess: it then

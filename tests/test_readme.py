@@ -1,0 +1,183 @@
+"""The README's commands do what it says: each tested block runs as printed against a real server."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from conftest import Process, start_server
+
+from service.cli import main
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text()
+PRINTED_ADDRESS = "localhost:50051"
+# Where tools that came with this interpreter lie, also when its environment is not activated.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+BLOCKS = {
+    name: (language, text)
+    for name, language, text in re.findall(r"<!-- tested: (\S+) -->\n```(\w+)\n(.*?)```", README, re.DOTALL)
+}
+SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+
+
+@pytest.fixture
+def server(database_url: str) -> Iterator[Process]:
+    """A server in a process of its own, on an empty database."""
+    process = start_server(METERING_DATABASE_URL=database_url)
+    yield process
+    assert process.stop() == 0
+
+
+def run_block(name: str, server: Process, times: int = 1) -> str:
+    """Run a block as printed, but for the address; returns what it wrote. Skips if its tool is not installed."""
+    language, text = BLOCKS[name]
+    assert PRINTED_ADDRESS in text
+    text = text.replace(PRINTED_ADDRESS, server.address)
+    if language == "python":
+        command = [sys.executable, "-W", "error", "-c", text]
+    else:
+        for tool in {line.split()[0] for line in re.findall(r"^\w.*", text, re.MULTILINE)}:
+            if shutil.which(tool, path=PATH) is None:
+                pytest.skip(f"{tool} is not installed: the README's {name} block is not tested")
+        command = ["sh", "-euc", text]
+    outputs = []
+    for _ in range(times):
+        done = subprocess.run(
+            command, env={**os.environ, "PATH": PATH}, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append(done.stdout)
+    return "".join(outputs)
+
+
+def test_every_marked_block_is_run_here() -> None:
+    """No block of the README is marked as tested without a test."""
+    assert set(BLOCKS) == {"grpcurl", "buf", "python"}
+    assert README.count("<!-- tested:") == len(BLOCKS)
+
+
+def test_grpcurl_block(server: Process) -> None:
+    """With grpcurl: the metric, the customer, the event accepted, and its 512 bytes in the answer at once."""
+    printed = run_block("grpcurl", server)
+    assert '"verdicts": [\n    "VERDICT_ACCEPTED"\n  ]' in printed
+    assert re.findall(r'"value": "(.*)"', printed) == ["512"]
+    assert printed.count('"billableMetricName": "Traffic"') == 2
+    assert '"archiveTime"' not in printed
+
+
+def test_grpcurl_block_may_be_repeated(server: Process) -> None:
+    """Pasting the commands a second time fails nowhere and counts nothing twice."""
+    printed = run_block("grpcurl", server, times=2)
+    assert re.findall(r'"(VERDICT_\w+)"', printed) == ["VERDICT_ACCEPTED", "VERDICT_DUPLICATE"]
+    assert re.findall(r'"value": "(.*)"', printed) == ["512", "512"]
+
+
+def test_buf_block(server: Process) -> None:
+    """With buf: the value, and the same by region."""
+    run_block("grpcurl", server)
+    printed = re.sub(r"\s", "", run_block("buf", server))
+    assert '"value":"512","groups":{"eu":{"value":"512"}}' in printed
+
+
+def test_python_block(server: Process) -> None:
+    """From Python: the second event accepted, and an hour with each of the two events."""
+    run_block("grpcurl", server)
+    assert run_block("python", server).splitlines() == [
+        "['VERDICT_ACCEPTED']",
+        "2026-01-01T10:00:00Z 512",
+        "2026-01-01T11:00:00Z 1024.5",
+    ]
+
+
+def test_demo() -> None:
+    """`metering demo --exit` shows totals of what it ingested, counts the repeat once, and leaves nothing behind."""
+    place = Path(tempfile.mkdtemp(prefix="metering readme "))
+    place.chmod(0o755)  # as root, Postgres runs as another user and must get through
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "service", "demo", "--exit"],
+            cwd=REPOSITORY,
+            env={**os.environ, "TMPDIR": str(place), "COLUMNS": "120"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        first, second = re.findall(r"^ +([\d,]+) accepted, ([\d,]+) duplicates$", done.stdout, re.MULTILINE)
+        assert first[0] == second[1] != "0"
+        assert first[1] == second[0] == "0"
+        for word in ("eu-central", "us-east", "ap-south"):
+            assert word in done.stdout
+        assert re.search(r"\d{6,}", done.stdout), "no total of bytes"
+        assert list(place.iterdir()) == []
+        assert not _processes_in(place)
+    finally:
+        shutil.rmtree(place)
+
+
+def _processes_in(place: Path) -> list[str]:
+    """The processes that work in a directory, on systems that tell."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(entry / "cwd").startswith(str(place)):
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+METERING = sorted(
+    {line.split("#")[0].strip() for line in re.findall(r"(?:^|[|&] *)(metering .*)", SHELL, re.MULTILINE)}
+)
+
+
+@pytest.mark.parametrize("line", METERING)
+def test_commands_that_are_shown_exist(line: str) -> None:
+    """Every `metering …` line of the README names a command and options that there are."""
+    words = shlex.split(line)[1:]
+    command: click.Command = main
+    context = click.Context(main)
+    while words and isinstance(command, click.Group) and (found := command.get_command(context, words[0])):
+        command, words = found, words[1:]
+    assert not isinstance(command, click.Group), line
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("variable", sorted(set(re.findall(r"METERING_[A-Z_]*[A-Z]", README))))
+def test_variables_that_are_named_exist(variable: str) -> None:
+    """Every METERING_… variable of the README is one that `metering serve` reads."""
+    serve = main.get_command(click.Context(main), "serve")
+    assert serve is not None
+    assert variable in {parameter.envvar for parameter in serve.params if isinstance(parameter, click.Option)}
+
+
+def test_tasks_that_are_shown_exist() -> None:
+    """Every `poe …` line of the README names a task."""
+    tasks = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["poe"]["tasks"]
+    shown = re.findall(r"^poe (\S+)", SHELL, re.MULTILINE)
+    assert shown
+    assert set(shown) <= set(tasks)
+
+
+LINKS = sorted({link for link in re.findall(r"\]\(([^)#\s]+)", README) if not re.match(r"\w+:", link)})
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_relative_links_lead_somewhere(link: str) -> None:
+    """What the README links to is in the repository, and is not empty."""
+    target = REPOSITORY / link
+    assert target.exists()
+    assert target.is_dir() or target.stat().st_size
