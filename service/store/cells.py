@@ -118,9 +118,6 @@ async def mismatches(
     )
     names = list(metric_sql.MEASURES)
     same_key = sa.and_(*(stored.c[name] == computed.c[name] for name in metric_sql.CELL_KEY))
-    differs = sa.or_(*(stored.c[name].is_distinct_from(computed.c[name]) for name in names))
-    if metric.aggregation is Aggregation.UNIQUE:
-        differs = sa.or_(differs, *_distinct_differs(metric, events, stored))
     # A cell that voiding emptied is kept, with nothing in it: it remembers when it changed.
     emptied = sa.and_(computed.c.metric_id.is_(None), stored.c.counted == 0, stored.c.skipped == 0)
     query = (
@@ -133,7 +130,7 @@ async def mismatches(
             *(side.c[name].label(f"{side.name}_{name}") for side in (stored, computed) for name in names),
         )
         .select_from(stored.join(computed, same_key, full=True))
-        .where(differs, sa.not_(emptied))
+        .where(sa.or_(*(stored.c[name].is_distinct_from(computed.c[name]) for name in names)), sa.not_(emptied))
         .order_by(sa.text("2"), sa.text("1"))
         .limit(limit)
     )
@@ -143,26 +140,47 @@ async def mismatches(
         stored_values = dict(zip(names, values[5 : 5 + len(names)], strict=True)) if values[3] else None
         computed_values = dict(zip(names, values[5 + len(names) :], strict=True)) if values[4] else None
         found.append(Mismatch(values[0], values[1], values[2], stored_values, computed_values))
+    if metric.aggregation is Aggregation.UNIQUE:
+        found += await _distinct_mismatches(connection, organization, metric, start, end, limit=limit)
     return found
 
 
-def _distinct_differs(
-    metric: BillableMetric, events: sa.FromClause, stored: sa.FromClause
-) -> list[sa.ColumnElement[bool]]:
-    """Conditions under which the distinct values of a stored cell are not those of its events, either way."""
+async def _distinct_mismatches(
+    connection: AsyncConnection,
+    organization: str,
+    metric: BillableMetric,
+    start: datetime,
+    end: datetime,
+    *,
+    limit: int,
+) -> list[Mismatch]:
+    """Compare the distinct values of cells with those of events; a mismatch counts those on one side only."""
+    events = _events_between(start, end)
+    computed = metric_sql.distinct_values(metric, events, _bucket(events)).subquery("computed")
     table = usage_distinct_values
-    in_cell = (
-        table.c.organization_id == ORGANIZATION,
-        *(table.c[name] == stored.c[name] for name in metric_sql.CELL_KEY),
+    stored = (
+        sa.select(table)
+        .where(
+            table.c.organization_id == ORGANIZATION,
+            table.c.metric_id == metric.id,
+            table.c.cell_start >= start,
+            table.c.cell_start < end,
+        )
+        .subquery("stored")
     )
-    kept = sa.select(table.c.value_digest).where(*in_cell).correlate(stored)
-    values = metric_sql.distinct_values(metric, events, _bucket(events)).subquery("distinct_values")
-    true = (
-        sa.select(values.c.value_digest)
-        .where(*(values.c[name] == stored.c[name] for name in metric_sql.CELL_KEY))
-        .correlate(stored)
+    same_key = sa.and_(*(stored.c[name] == computed.c[name] for name in DISTINCT_KEY))
+    only_stored, only_computed = computed.c.metric_id.is_(None), stored.c.metric_id.is_(None)
+    key = [sa.func.coalesce(stored.c[name], computed.c[name]) for name in ("customer_key", "cell_start")]
+    query = (
+        sa.select(*key, *(sa.func.count().filter(one) for one in (only_stored, only_computed)))
+        .select_from(stored.join(computed, same_key, full=True))
+        .where(sa.or_(only_stored, only_computed))
+        .group_by(*key)
+        .limit(limit)
     )
-    return [sa.exists(kept.except_(true).subquery().select()), sa.exists(true.except_(kept).subquery().select())]
+    rows = await connection.execute(query, {"organization": organization})
+    name = "distinct values without the other side"
+    return [Mismatch(row[0], row[1], [], {name: row[2]}, {name: row[3]}) for row in rows]
 
 
 def _events_between(start: datetime, end: datetime | None) -> sa.Subquery:

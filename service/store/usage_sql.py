@@ -49,21 +49,15 @@ def pairs_with_usage(
     Of the customers named, or of all that are not archived.
     """
     metric = sa.func.unnest(_uuids(sorted(one.id for one in metrics))).table_valued("id").render_derived("metric")
-    keys, cells = customer_keys.c, usage_cells.c
-    owned = (keys.organization_id == ORGANIZATION, keys.customer_id == customers.c.id)
-    in_cells = (
-        sa.select(sa.true())
-        .select_from(customer_keys.join(usage_cells, _same_key(usage_cells)))
-        .where(*owned, cells.metric_id == metric.c.id, *_within(usage_cells, [span], cut=()))
-    )
+    key = _keys_of(customers.c.id)
+    cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(usage_cells, [span], cut=()))
+    in_cells = sa.select(sa.true()).select_from(key.join(cell, sa.true()))
     found: list[sa.ColumnElement[bool]] = [_any(in_cells.correlate(customers, metric))]
     for one in metrics:
         for part in _cut([span]):
-            events = _events_of_key(keys.key, sa.literal(part[0], INSTANT), sa.literal(part[1], INSTANT))
+            events = _events_of_key(key.c.key, sa.literal(part[0], INSTANT), sa.literal(part[1], INSTANT))
             in_events = (
-                sa.select(sa.true())
-                .select_from(customer_keys.join(events, sa.true()))
-                .where(*owned, metric_sql.matches(one, events))
+                sa.select(sa.true()).select_from(key.join(events, sa.true())).where(metric_sql.matches(one, events))
             )
             found.append(sa.and_(metric.c.id == one.id, _any(in_events.correlate(customers, metric))))
     wanted: sa.ColumnElement[bool] = customers.c.archived_at.is_(None)
@@ -86,18 +80,11 @@ def pairs_with_usage(
 
 def next_cell(pair: Pair, instant: datetime, end: datetime) -> sa.Select[Any]:
     """Select the start of the pair's first cell that reaches beyond `instant` and starts before `end`, or NULL."""
-    cells = usage_cells.c
-    return (
-        sa.select(sa.func.min(cells.cell_start))
-        .select_from(customer_keys.join(usage_cells, _same_key(usage_cells)))
-        .where(
-            customer_keys.c.organization_id == ORGANIZATION,
-            customer_keys.c.customer_id == pair.customer_id,
-            cells.metric_id == pair.metric_id,
-            cells.cell_start >= cell_floor(instant),
-            cells.cell_start < end,
-        )
-    )
+    key = _keys_of(sa.literal(pair.customer_id, sa.Uuid))
+    start = usage_cells.c.cell_start
+    metric_id = sa.literal(pair.metric_id, sa.Uuid)
+    cell = _of_key(usage_cells, key.c.key, metric_id, start >= cell_floor(instant), start < end)
+    return sa.select(sa.func.min(cell.c.cell_start)).select_from(key.join(cell, sa.true()))
 
 
 def totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.Select[Any]:
@@ -160,20 +147,19 @@ def group_totals(
 
 def _pieces(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.CompoundSelect[Any]:
     """Columns: customer_id, metric_id, window, group_values, updated_at and the MEASURES."""
-    wanted = _pair_rows(pairs)
-    cells = usage_cells.c
+    pair = _pair_rows(pairs)
+    key = _keys_of(pair.c.customer_id)
     cut = _cut(bounds)
+    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(usage_cells, bounds, cut))
     parts: list[sa.Select[Any]] = [
         sa.select(
-            wanted.c.customer_id,
-            cells.metric_id,
-            _window(cells.cell_start, bounds).label("window"),
-            cells.group_values,
-            cells.updated_at,
-            *(cells[name] for name in metric_sql.MEASURES),
-        )
-        .select_from(_with_keys(wanted).join(usage_cells, _same_key(usage_cells)))
-        .where(cells.metric_id == wanted.c.metric_id, *_within(usage_cells, bounds, cut))
+            pair.c.customer_id,
+            cell.c.metric_id,
+            _window(cell.c.cell_start, bounds).label("window"),
+            cell.c.group_values,
+            cell.c.updated_at,
+            *(cell.c[name] for name in metric_sql.MEASURES),
+        ).select_from(pair.join(key, sa.true()).join(cell, sa.true()))
     ]
     for metric in metrics if cut else ():
         owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
@@ -191,23 +177,20 @@ def _distinct_pieces(
 
     Columns: customer_id, metric_id, window, group_values, value_digest.
     """
-    wanted = _pair_rows([pair for pair in pairs if any(pair.metric_id == metric.id for metric in metrics)])
-    values, cells = usage_distinct_values.c, usage_cells.c
+    pair = _pair_rows([pair for pair in pairs if any(pair.metric_id == metric.id for metric in metrics)])
+    key = _keys_of(pair.c.customer_id)
     cut = _cut(bounds)
-    cell_of_value = sa.and_(
-        cells.organization_id == ORGANIZATION, *(cells[name] == values[name] for name in metric_sql.CELL_KEY)
-    )
-    source = _with_keys(wanted).join(usage_distinct_values, _same_key(usage_distinct_values))
+    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(usage_cells, bounds, cut))
+    in_cell = [usage_distinct_values.c[name] == cell.c[name] for name in ("cell_start", "group_digest")]
+    one = _of_key(usage_distinct_values, key.c.key, pair.c.metric_id, *in_cell)
     parts: list[sa.Select[Any]] = [
         sa.select(
-            wanted.c.customer_id,
-            values.metric_id,
-            _window(values.cell_start, bounds).label("window"),
-            cells.group_values,
-            values.value_digest,
-        )
-        .select_from(source.join(usage_cells, cell_of_value))
-        .where(values.metric_id == wanted.c.metric_id, *_within(usage_distinct_values, bounds, cut))
+            pair.c.customer_id,
+            cell.c.metric_id,
+            _window(cell.c.cell_start, bounds).label("window"),
+            cell.c.group_values,
+            one.c.value_digest,
+        ).select_from(pair.join(key, sa.true()).join(cell, sa.true()).join(one, sa.true()))
     ]
     for metric in metrics if cut else ():
         owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
@@ -281,17 +264,41 @@ def _cut_events(customer_ids: Sequence[uuid.UUID], cut: Sequence[Span]) -> sa.Su
     return sa.select(events).select_from(owner.join(part, sa.true()).join(events, sa.true())).subquery("events")
 
 
+def _keys_of(customer_id: sa.ColumnElement[uuid.UUID]) -> LateralFromClause:
+    """Select the keys of a customer."""
+    keys = customer_keys.c
+    owned = (keys.organization_id == ORGANIZATION, keys.customer_id == customer_id)
+    return _fenced(sa.select(keys.key).where(*owned), customer_keys)
+
+
+def _of_key(
+    table: sa.Table,
+    key: sa.ColumnElement[str],
+    metric_id: sa.ColumnElement[uuid.UUID],
+    *where: sa.ColumnElement[bool],
+) -> LateralFromClause:
+    """Select the rows of usage_cells or usage_distinct_values of one metric and customer key."""
+    columns = table.c
+    of_key = (columns.organization_id == ORGANIZATION, columns.metric_id == metric_id, columns.customer_key == key)
+    return _fenced(sa.select(table).where(*of_key, *where), table)
+
+
 def _events_of_key(
     key: sa.ColumnElement[str], start: sa.ColumnElement[Any], stop: sa.ColumnElement[Any]
 ) -> LateralFromClause:
-    """Select the events of one customer key in a span of time, by the index on just that.
-
-    OFFSET 0 keeps the planner from turning this into a join on ranges of time, whose size it cannot guess: it then
-    reads every event of the organization.
-    """
+    """Select the events of one customer key in a span of time."""
     columns = usage_events.c
-    select = stored_events(columns.customer_key == key, columns.timestamp >= start, columns.timestamp < stop)
-    return select.offset(sa.literal_column("0")).lateral("of_key")
+    in_span = (columns.timestamp >= start, columns.timestamp < stop)
+    return _fenced(stored_events(columns.customer_key == key, *in_span), usage_events)
+
+
+def _fenced(select: sa.Select[Any], table: sa.Table) -> LateralFromClause:
+    """Make a select from `table` that is run once per row of what stands before it, by the index on what it asks for.
+
+    OFFSET 0 keeps the planner from merging it into a join. Left to itself it guesses the size of that join, and is
+    wrong by orders of magnitude where it has no statistics yet (a new database) or cannot have any (ranges of time).
+    """
+    return select.correlate_except(table).offset(sa.literal_column("0")).lateral()
 
 
 def _of_owner(rows: sa.Subquery, names: Sequence[str]) -> sa.Select[Any]:
@@ -318,15 +325,6 @@ def _pair_rows(pairs: Sequence[Pair]) -> Any:
         .table_valued(sa.column("customer_id", sa.Uuid), sa.column("metric_id", sa.Uuid))
         .render_derived("pair")
     )
-
-
-def _with_keys(pair: Any) -> sa.Join:
-    owned = sa.and_(customer_keys.c.organization_id == ORGANIZATION, customer_keys.c.customer_id == pair.c.customer_id)
-    return sa.join(pair, customer_keys, owned)
-
-
-def _same_key(table: sa.Table) -> sa.ColumnElement[bool]:
-    return sa.and_(table.c.organization_id == ORGANIZATION, table.c.customer_key == customer_keys.c.key)
 
 
 def _uuids(values: Sequence[uuid.UUID]) -> sa.BindParameter[Any]:
