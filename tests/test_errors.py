@@ -12,7 +12,7 @@ import grpc
 import pytest
 import sqlalchemy as sa
 from conftest import Client, event, running_server, timestamp
-from faults import LEAK, fault_of, read_fault, until
+from faults import LEAK, Fault, fault_of, read_fault, until
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.struct_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -295,26 +295,36 @@ async def test_overload(database_url: str, database: Database) -> None:
         assert set((await client.ingest(*large)).verdicts) == {event_pb2.VERDICT_DUPLICATE}
 
 
-async def test_the_database_does_not_answer(database_url: str, database: Database) -> None:
+async def interrupted(client: Client, database: Database, how: str) -> Fault:
+    """Interrupt a call inside its statement, and read what its caller is told."""
+    async with database.engine.begin() as connection:
+        await connection.execute(sa.text("LOCK TABLE usage_events"))
+        call = asyncio.ensure_future(unmatched()(client))
+        interrupt = sa.text(
+            f"SELECT count({how}(pid)) FROM pg_stat_activity "  # noqa: S608 - a function's name
+            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+
+        async def done() -> bool:
+            return bool((await connection.execute(interrupt)).scalar_one())
+
+        await until(done)
+        return await fault_of(call)
+
+
+async def test_the_database_does_not_answer(client: Client, database: Database) -> None:
     """A database that ends its connections is DATABASE_UNAVAILABLE with RetryInfo, and the next call works."""
-    async with running_server(database_url) as client:
-        assert not (await unmatched()(client)).unmatched_customer_keys
-        async with database.engine.begin() as connection:
-            await connection.execute(sa.text("LOCK TABLE usage_events"))
-            call = asyncio.ensure_future(unmatched()(client))
-            kill = sa.text(
-                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND wait_event_type = 'Lock'"
-            )
+    fault = await interrupted(client, database, "pg_terminate_backend")
+    assert fault.brief == ("UNAVAILABLE", "DATABASE_UNAVAILABLE", None)
+    assert fault.retry_s == 1
+    assert not (await unmatched()(client)).unmatched_customer_keys
 
-            async def killed() -> bool:
-                return bool((await connection.execute(kill)).scalar_one())
 
-            await until(killed)
-            fault = await fault_of(call)
-        assert fault.brief == ("UNAVAILABLE", "DATABASE_UNAVAILABLE", None)
-        assert fault.retry_s == 1
-        assert not (await unmatched()(client)).unmatched_customer_keys
+async def test_a_statement_over_its_time(client: Client, database: Database) -> None:
+    """A statement that Postgres cancels, as it does at its time limit, is DEADLINE_TOO_SHORT and was undone."""
+    fault = await interrupted(client, database, "pg_cancel_backend")
+    assert fault.brief == ("DEADLINE_EXCEEDED", "DEADLINE_TOO_SHORT", None)
+    assert not (await unmatched()(client)).unmatched_customer_keys
 
 
 async def test_a_deadline_too_short_to_begin(client: Client, database: Database) -> None:
