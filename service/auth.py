@@ -56,6 +56,8 @@ class Auth:
         self._database = database
         self._trusted: dict[str, _Trusted] = {}
         self._open_until = 0.0
+        # Keys are never deleted: once there is one, the server stays closed.
+        self._closed = False
         # Look-ups under way: a burst of calls with one credential asks the database once.
         self._asking: dict[str, asyncio.Task[Any]] = {}
 
@@ -82,7 +84,8 @@ class Auth:
     async def is_open(self) -> bool:
         """Say whether no API key was ever made; true answers are trusted for a moment."""
         # The empty text is no key's id.
-        if await self._ask("", organizations.any_api_key):
+        if self._closed or await self._ask("", organizations.any_api_key):
+            self._closed = True
             return False
         self._open_until = time.monotonic() + TRUST_S
         return True

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.database import Database
 from service.domain.events import EVENTS_MAX, Event, Outcome, TimeLimits, Verdict, time_violation
-from service.errors import AlreadyExists, InvalidArgument, MeteringError, Reason, Violation
+from service.errors import AlreadyExists, InvalidArgument, Reason, Unavailable, Violation
 from service.store import events as event_store
 from service.store import metrics as metric_store
 from service.store import organizations
@@ -97,7 +97,7 @@ class Ingest:
         try:
             answers = await self._commit(organization, [call.batch for call in calls])
         except Exception as error:
-            if len(calls) > 1 and not isinstance(error, MeteringError):
+            if len(calls) > 1 and not isinstance(error, Unavailable):
                 # One caller's events must not fail the others'. (When the database is away, trying alone cannot help
                 # and the callers are told so.)
                 log.warning("shared transaction failed; retrying each call alone", calls=len(calls), error=repr(error))

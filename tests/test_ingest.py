@@ -286,8 +286,9 @@ async def test_an_all_or_nothing_call_shares_with_nobody(
             client.ingest(event("a")),
             client.ingest(event("b"), faulty("b2"), all_or_nothing=True),
             client.ingest(event("c")),
-            client.ingest(event("d"), event("a"), all_or_nothing=True),
-            client.ingest(event("e"), event("d", event_type="other")),
+            # "first" was taken before all of these; two of these in different transactions have no order.
+            client.ingest(event("d"), event("first"), all_or_nothing=True),
+            client.ingest(event("e"), event("first", event_type="other")),
         )
     assert list((await calls[0]).verdicts) == [ACCEPTED]
     assert list((await calls[2]).verdicts) == [ACCEPTED]
@@ -626,6 +627,32 @@ async def test_a_call_whose_write_began_is_stored_though_its_caller_left(client:
         await writer.rollback()
     await until(lambda: _stored(database, {"held", "mine"}))
     assert await counted(database) == 2
+
+
+async def test_a_transaction_outlives_its_caller(database: Database) -> None:
+    """A write whose caller hangs up inside it ends by itself: it is stored, and its connection is kept."""
+    connects: list[None] = []
+    async with served(database) as client:
+        for number in range(4):
+            async with database.engine.connect() as writer:
+                # Reads go on, writes wait.
+                await writer.execute(sa.text("LOCK TABLE customers IN SHARE MODE"))
+                customer = customer_pb2.Customer(name=f"{number}")
+                call = client.customers.CreateCustomer(customer_pb2.CreateCustomerRequest(customer=customer))
+                await until(lambda: waiting_for_a_lock(database))
+                if not number:  # every connection that this takes is there by now
+                    sa.event.listen(database.engine.sync_engine, "connect", lambda *_: connects.append(None))
+                call.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await call
+                await _cancellation_seen(client)
+                await writer.rollback()
+            await until(lambda number=number: _has_customers(client, number + 1), 5)
+    assert len(connects) <= 1
+
+
+async def _has_customers(client: Client, number: int) -> bool:
+    return len((await client.customers.ListCustomers(customer_pb2.ListCustomersRequest())).customers) == number
 
 
 async def _stored(database: Database, ids: set[str]) -> bool:

@@ -256,6 +256,7 @@ times = st.builds(
     st.integers(0, 11),
     st.sampled_from(DELTAS),
 )
+AROUND_ARCHIVE = (Time("archive", 0, timedelta(0)), Time("archive", 0, -oracle.MICROSECOND))
 KEYS = (*ALIASES, *CUSTOMERS, UNKNOWN_KEY)
 
 
@@ -263,7 +264,7 @@ KEYS = (*ALIASES, *CUSTOMERS, UNKNOWN_KEY)
 def definitions(draw: st.DrawFn) -> oracle.Metric:
     """Draw how a metric counts."""
     aggregation = draw(st.sampled_from(AGGREGATIONS))
-    names = draw(st.lists(st.sampled_from(PROPERTIES), unique=True, max_size=2))
+    names = draw(st.one_of(st.just(()), st.lists(st.sampled_from(PROPERTIES), unique=True, max_size=2)))
     filters = []
     for name in names:
         exists = draw(optional_bool)
@@ -282,12 +283,12 @@ def definitions(draw: st.DrawFn) -> oracle.Metric:
 
 
 @st.composite
-def events(draw: st.DrawFn) -> PlannedEvent:
-    """Draw an event."""
+def events(draw: st.DrawFn, moments: Sequence[Time]) -> PlannedEvent:
+    """Draw an event at one of a few moments, so that many meet in one cell and some at one instant."""
     return PlannedEvent(
         key=draw(st.sampled_from(KEYS).flatmap(lambda key: st.sampled_from((key, key.upper() if "-" in key else key)))),
         event_type=draw(st.sampled_from(EVENT_TYPES)),
-        at=draw(times),
+        at=draw(st.sampled_from(moments)),
         properties=draw(st.fixed_dictionaries({}, optional=dict.fromkeys(PROPERTIES, values))),
         prefix=draw(st.sampled_from(ID_PREFIXES)),
         stage=draw(st.integers(0, STAGES - 2)),
@@ -307,7 +308,8 @@ def plans(draw: st.DrawFn) -> Plan:
     number = sum(len(one.stages) for one in planned)
     customers = tuple(draw(st.sampled_from((0, 0, 0, 2, 3))) for _ in range(draw(st.integers(1, len(CUSTOMERS)))))
     owner = st.sampled_from((None, *range(len(customers))))
-    sent = draw(_list(events(), 60))
+    moments = [*draw(st.lists(times, min_size=1, max_size=8)), *AROUND_ARCHIVE]
+    sent = draw(_list(events(moments if any(one.archive for one in planned) else moments[:-2]), 60))
     if sent and draw(st.booleans()):
         # An event that is refused does not take its id: the next one may.
         bad = {"q": draw(st.sampled_from(REFUSED_VALUES))}

@@ -188,6 +188,16 @@ async def test_page_sizes_are_bounded(client: Client) -> None:
     assert answer.ByteSize() < 1.1 * 1024 * 1024
 
 
+async def test_a_long_walk_loses_no_key(client: Client) -> None:
+    """Thousands of unmatched keys, in pages of any size, come once each and in order, whatever the planner does."""
+    await client.create_customer(ingest_aliases=["acme"])
+    keys = [f"k{i:04}" for i in range(2500)]
+    await client.ingest(event(), *(event(customer_id=key) for key in reversed(keys)))
+    for size in (100, 999, 1000):
+        pages = await walk(client, LISTINGS[2], always(size))
+        assert [row.customer_key for page in pages for row in page] == keys
+
+
 @every_listing
 async def test_rows_that_come_between_pages(filled: Client, listing: Listing) -> None:
     """Rows that existed throughout come exactly once, whatever is inserted before and after the reader's place."""

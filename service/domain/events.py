@@ -12,12 +12,14 @@ from service.errors import Reason, Violation
 EVENTS_MAX = 10_000
 PROPERTIES_MAX = 64
 PROPERTIES_BYTES_MAX = 16 * 1024
+# An event is told this many of its faults, so that what is said about bad events is never more than what was sent.
+VIOLATIONS_MAX = 5
 # Ids that the service itself gives to events it makes out of usage record groups.
 RESERVED_PREFIX = "urg:"
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_EARLIEST_S = int((EARLIEST - _EPOCH).total_seconds())
-_LATEST_S = int((LATEST - _EPOCH).total_seconds())
+_EARLIEST_S = (EARLIEST - _EPOCH) // timedelta(seconds=1)
+_LATEST_S = (LATEST - _EPOCH) // timedelta(seconds=1)
 
 
 class Verdict(enum.Enum):

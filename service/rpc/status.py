@@ -20,9 +20,10 @@ from service.errors import (
 
 DOMAIN = "metering"
 VIOLATIONS_MAX = 20
-# gRPC clients refuse trailers over 8 KiB; details are sent base64-encoded, beside the text.
+# gRPC clients refuse trailers over 8 KiB. The whole status is sent base64-encoded (4/3), and its text once more with
+# every byte that is not ASCII as three.
 DETAILS_BYTES_MAX = 4096
-_TEXT_MAX = 1024
+_TEXT_MAX = 512
 
 _CODES: dict[type[MeteringError], grpc.StatusCode] = {
     InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -59,7 +60,7 @@ def _status(code: grpc.StatusCode, error: MeteringError) -> status_pb2.Status:
         delay.FromMilliseconds(int(error.retry_after_s * 1000))
         found.details.append(_any(error_details_pb2.RetryInfo(retry_delay=delay)))
     if error.violations:
-        left = DETAILS_BYTES_MAX - sum(detail.ByteSize() for detail in found.details) - 128
+        left = DETAILS_BYTES_MAX - found.ByteSize() - 128
         bad = error_details_pb2.BadRequest()
         for violation in error.violations[:VIOLATIONS_MAX]:
             one = error_details_pb2.BadRequest.FieldViolation(

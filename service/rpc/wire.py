@@ -4,6 +4,7 @@ Reading collects every fault of a request, never only the first, with field path
 """
 
 import asyncio
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -23,10 +24,11 @@ from service.store.events import UnmatchedKey
 T = TypeVar("T")
 R = TypeVar("R")
 
-# About ten milliseconds of work.
-_SLICE = 1_000
+# How long one call may keep the event loop from the others.
+_SLICE_S = 0.01
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 _MICROSECOND = timedelta(microseconds=1)
 _FAULT_REASONS = {
     FaultKind.MISALIGNED: Reason.WINDOW_MISALIGNED,
@@ -58,9 +60,12 @@ def one_id(field: str, value: str) -> uuid.UUID:
 async def in_slices(translate: Callable[[T], R], values: Iterable[T]) -> list[R]:
     """Translate many values, letting other calls have the event loop now and then."""
     translated: list[R] = []
+    clock = asyncio.get_running_loop().time
+    began = clock()
     for value in values:
-        if len(translated) % _SLICE == _SLICE - 1:
+        if clock() - began > _SLICE_S:
             await asyncio.sleep(0)
+            began = clock()
         translated.append(translate(value))
     return translated
 
@@ -130,7 +135,7 @@ def event(message: event_pb2.UsageEvent) -> events.Event | tuple[Violation, ...]
             faults.append(Violation("timestamp", Reason.FIELD_INVALID, limits))
     properties = _properties(message.properties, faults)
     if faults or at is None:
-        return tuple(faults)
+        return tuple(faults[: events.VIOLATIONS_MAX])
     return events.event(transaction_id, customer_id, event_type, at, properties)
 
 
@@ -144,49 +149,89 @@ def _properties(struct: Struct, faults: list[Violation]) -> str:
     for name in fields:
         if fault := checks.identifier("properties key", name):
             faults.append(Violation("properties", fault.reason, f"has a key that {fault.message}"))
-    text = _json_object(fields, "properties", faults)
+    try:
+        text = _json_object(fields, "properties", _Walk(faults))
+    except _StopWalkError:
+        return "{}"
     size = len(text) if text.isascii() else len(text.encode())
-    if size > events.PROPERTIES_BYTES_MAX and not faults:
-        message = f"takes {size:,} bytes as JSON; at most {events.PROPERTIES_BYTES_MAX:,} are allowed"
-        faults.append(Violation("properties", Reason.LIMIT_EXCEEDED, message))
+    if size > events.PROPERTIES_BYTES_MAX:
+        faults.append(_TOO_LARGE)
     return text
 
 
-def _json_object(fields: Mapping[str, Value], path: str, faults: list[Violation]) -> str:
+class _StopWalkError(Exception):
+    """Nothing more needs to be known about properties that are refused already."""
+
+
+class _Walk:
+    """The walk through one event's properties: their faults, and how much there was so far."""
+
+    __slots__ = ("faults", "size")
+
+    def __init__(self, faults: list[Violation]) -> None:
+        self.faults = faults
+        self.size = 0
+
+    def fault(self, path: str, reason: Reason, message: str) -> None:
+        """Note a fault; enough of them end the walk."""
+        self.faults.append(Violation(path, reason, message))
+        if len(self.faults) >= events.VIOLATIONS_MAX:
+            raise _StopWalkError
+
+    def took(self, size: int) -> None:
+        """Count what was written; more than is allowed ends the walk, however much is left."""
+        self.size += size
+        if self.size > events.PROPERTIES_BYTES_MAX:
+            self.faults.append(_TOO_LARGE)
+            raise _StopWalkError
+
+
+_TOO_LARGE = Violation(
+    "properties", Reason.LIMIT_EXCEEDED, f"takes more than {events.PROPERTIES_BYTES_MAX:,} bytes as JSON"
+)
+
+
+def _json_object(fields: Mapping[str, Value], path: str, walk: _Walk) -> str:
     # Written by hand because no JSON library prints numbers as the plain decimals that are compared and summed.
-    return (
-        "{"
-        + ",".join(
-            [f"{encode_basestring(name)}:{_json(fields[name], f'{path}.{name}', faults)}" for name in sorted(fields)]
-        )
-        + "}"
-    )
+    members = []
+    for name in sorted(fields):
+        walk.took(len(name) + 4)
+        members.append(f"{encode_basestring(name)}:{_json(fields[name], f'{path}.{name}', walk)}")
+    return "{" + ",".join(members) + "}"
 
 
-def _json(value: Value, path: str, faults: list[Violation]) -> str:
+def _json(value: Value, path: str, walk: _Walk) -> str:
     match value.WhichOneof("kind"):
         case "string_value":
-            if fault := checks.text(path, value.string_value):
-                faults.append(fault)
-            return encode_basestring(value.string_value)
+            string = value.string_value
+            if fault := checks.text(path, string):
+                walk.fault(path, fault.reason, fault.message)
+                return '""'
+            walk.took(len(string) + 2)
+            return encode_basestring(string)
         case "number_value":
             try:
-                return quantities.from_double(value.number_value)
+                number = quantities.from_double(value.number_value)
             except quantities.NotExact:
                 message = "is not a number that JSON tells exactly (an integer beyond ±(2^53-1), NaN or infinite)"
-                faults.append(Violation(path, Reason.NUMBER_NOT_EXACT, f"{message}; send a decimal string"))
+                walk.fault(path, Reason.NUMBER_NOT_EXACT, f"{message}; send a decimal string")
                 return "null"
+            walk.took(len(number))
+            return number
         case "bool_value":
+            walk.took(5)
             return "true" if value.bool_value else "false"
         case "struct_value":
             for name in value.struct_value.fields:
                 if fault := checks.text(path, name):
-                    faults.append(Violation(path, fault.reason, f"has a key that {fault.message}"))
-            return _json_object(value.struct_value.fields, path, faults)
+                    walk.fault(path, fault.reason, f"has a key that {fault.message}")
+            return _json_object(value.struct_value.fields, path, walk)
         case "list_value":
-            items = [_json(one, f"{path}[{i}]", faults) for i, one in enumerate(value.list_value.values)]
+            walk.took(2)
+            items = [_json(one, f"{path}[{i}]", walk) for i, one in enumerate(value.list_value.values)]
             return "[" + ",".join(items) + "]"
         case _:
+            walk.took(4)
             return "null"
 
 
@@ -418,7 +463,8 @@ def _date(path: str, text: str, faults: list[Violation]) -> date | None:
         faults.append(Violation(path, Reason.FIELD_REQUIRED, "is required: a date such as 2026-01-31"))
         return None
     try:
-        found = date.fromisoformat(text) if len(text) == 10 and text.isascii() else None
+        # fromisoformat alone would also take week dates such as 2026-W01-1.
+        found = date.fromisoformat(text) if _DATE.fullmatch(text) else None
     except ValueError:
         found = None
     if found is None or not customers.YEAR_MIN <= found.year <= customers.YEAR_MAX:

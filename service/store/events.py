@@ -15,6 +15,9 @@ from service.store.tables import INSTANT, customer_keys, incoming_events, usage_
 
 INCOMING = tuple(column.name for column in incoming_events.c)
 
+# How many customer keys one statement walks over when it looks for those that no customer owns.
+KEYS_WALKED = 1_000
+
 _ACCEPTED: sa.BindParameter[Any] = sa.bindparam("accepted", type_=ARRAY(sa.Text))
 
 
@@ -141,46 +144,58 @@ async def list_unmatched_keys(
 
     Walks the index from one key to the next, so the cost grows with the number of keys and not of events.
     """
-    events = usage_events.c
-    first = (
-        sa.select(events.customer_key)
-        .where(events.organization_id == organization, events.customer_key > after)
-        .order_by(events.customer_key)
-        .limit(1)
-        .subquery()
+    found: list[UnmatchedKey] = []
+    while len(found) < limit:
+        walked = list((await connection.execute(_next_keys(organization, after))).scalars())
+        if not walked:
+            break
+        after = walked[-1]
+        found += [UnmatchedKey(*row) for row in await connection.execute(_unmatched(organization, walked))]
+    return found[:limit]
+
+
+def _next_keys(organization: str, after: str) -> sa.Select[Any]:
+    """Select the next different customer keys of events, in order, up to KEYS_WALKED."""
+    columns = usage_events.c
+
+    def least_after(key: Any) -> sa.Select[Any]:
+        return sa.select(sa.func.min(columns.customer_key)).where(
+            columns.organization_id == organization, columns.customer_key > key
+        )
+
+    first = least_after(after).scalar_subquery()
+    keys = sa.select(first.label("key"), sa.literal(1).label("number")).cte("keys", recursive=True)
+    following = least_after(keys.c.key).scalar_subquery()
+    keys = keys.union_all(
+        sa.select(following, keys.c.number + 1).where(keys.c.key.is_not(None), keys.c.number < KEYS_WALKED)
     )
-    keys = sa.select(first.c.customer_key).cte("keys", recursive=True)
-    following = (
-        sa.select(events.customer_key)
-        .where(events.organization_id == organization, events.customer_key > keys.c.customer_key)
-        .order_by(events.customer_key)
-        .limit(1)
-        .scalar_subquery()
-    )
-    keys = keys.union_all(sa.select(following).where(keys.c.customer_key.is_not(None)))
+    return sa.select(keys.c.key).where(keys.c.key.is_not(None)).order_by(keys.c.number)
+
+
+def _unmatched(organization: str, keys: Sequence[str]) -> sa.Select[Any]:
+    """Select the totals of those of the keys that no customer owns and that have events, in order."""
+    columns = usage_events.c
+    key = sa.func.unnest(_texts(keys)).table_valued("key").render_derived("walked")
     totals = (
         sa.select(
             sa.func.count().label("events"),
-            sa.func.min(events.timestamp).label("first"),
-            sa.func.max(events.timestamp).label("last"),
+            sa.func.min(columns.timestamp).label("first"),
+            sa.func.max(columns.timestamp).label("last"),
         )
         .where(
-            events.organization_id == organization,
-            events.customer_key == keys.c.customer_key,
-            events.voided_at.is_(None),
+            columns.organization_id == organization,
+            columns.customer_key == key.c.key,
+            columns.voided_at.is_(None),
         )
         .lateral("totals")
     )
-    owned = sa.exists().where(
-        customer_keys.c.organization_id == organization, customer_keys.c.key == keys.c.customer_key
+    owned = sa.exists().where(customer_keys.c.organization_id == organization, customer_keys.c.key == key.c.key)
+    return (
+        sa.select(key.c.key, totals.c.events, totals.c.first, totals.c.last)
+        .select_from(key.join(totals, sa.true()))
+        .where(sa.not_(owned), totals.c.events > 0)
+        .order_by(key.c.key.collate("C"))
     )
-    query = (
-        sa.select(keys.c.customer_key, totals.c.events, totals.c.first, totals.c.last)
-        .select_from(keys.join(totals, sa.true()))
-        .where(keys.c.customer_key.is_not(None), sa.not_(owned), totals.c.events > 0)
-        .limit(limit)
-    )
-    return [UnmatchedKey(*row) for row in await connection.execute(query)]
 
 
 def _texts(values: Sequence[str]) -> sa.BindParameter[Any]:
