@@ -149,6 +149,7 @@ def _properties(struct: Struct, faults: list[Violation]) -> str:
     for name in fields:
         if fault := checks.identifier("properties key", name):
             faults.append(Violation("properties", fault.reason, f"has a key that {fault.message}"))
+            return "{}"
     try:
         text = _json_object(fields, "properties", _Walk(faults))
     except _StopWalkError:
