@@ -4,8 +4,9 @@ It must not know what the statements are; those are in `store`.
 """
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import asyncpg
@@ -59,6 +60,8 @@ class Database:
             max_overflow=0,
             pool_timeout=5,
             pool_recycle=1800,
+            # After a restart of Postgres every pooled connection is dead; without the ping each would cost one call.
+            pool_pre_ping=True,
             hide_parameters=True,
             connect_args={
                 "timeout": 5,
@@ -145,6 +148,19 @@ class Database:
         task.add_done_callback(self._finished)
         return await asyncio.shield(task)
 
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[AsyncConnection]:
+        connection = self.engine.connect()
+        try:
+            await connection.start()
+        except DATABASE_ERRORS as error:
+            # Whatever Postgres says when it refuses a connection, it is not the caller's doing.
+            raise _unavailable(error) from error
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled():
@@ -153,7 +169,7 @@ class Database:
     async def _attempts(self, work: Callable[[AsyncConnection], Awaitable[Result]], attempts: int) -> Result:
         for attempt in range(1, attempts + 1):
             try:
-                async with self.engine.begin() as connection:
+                async with self._connected() as connection, connection.begin():
                     return await work(connection)
             except DATABASE_ERRORS as error:
                 state = sqlstate(error)
@@ -165,7 +181,7 @@ class Database:
 
     async def _snapshot(self, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float | None) -> Result:
         try:
-            async with self.engine.connect() as connection:
+            async with self._connected() as connection:
                 await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
                 async with connection.begin():
                     if timeout_s is not None and timeout_s < STATEMENT_TIMEOUT_S:
@@ -192,9 +208,11 @@ def _translated(error: BaseException) -> BaseException:
         or (state or "").startswith(_UNAVAILABLE_CLASSES)
         or state in _DEADLOCK_OR_SERIALIZATION
     )
-    if not gone:
-        return error
-    log.warning("database unavailable", error=type(error).__name__, sqlstate=state)
+    return _unavailable(error) if gone else error
+
+
+def _unavailable(error: BaseException) -> Unavailable:
+    log.warning("database unavailable", error=type(error).__name__, sqlstate=sqlstate(error))
     return Unavailable(
         Reason.DATABASE_UNAVAILABLE,
         "The database did not answer. For writes the outcome is unknown: retry with the same ids.",

@@ -335,7 +335,7 @@ async def test_two_replicas_may_count_at_once(database_url: str, database: Datab
     steps.events_max = 15
     async with with_customer(database_url) as client, running_server(database_url) as other:
         early = await start_all(client)
-        await ingest(client, drawn(200, seed=9))
+        await ingest(client, drawn(120, seed=9))
         late = await start_all(client)
         await steps.go_on()
         await asyncio.gather(counted(client, late), counted(other, late))
@@ -380,12 +380,12 @@ async def test_a_busy_service_backfills_exactly(database_url: str, database: Dat
     await steps.go_on()
     async with with_customer(database_url) as client, running_server(database_url) as other:
         early = await start_all(client)
-        await ingest(client, drawn(150, seed=11))
+        await ingest(client, drawn(100, seed=11))
         over = asyncio.Event()
 
         async def write(to: Client, seed: int) -> None:
             # Not for ever: the backfill goes hour by hour and these events are within its hours.
-            for turn in range(20):
+            for turn in range(10):
                 if over.is_set():
                     break
                 await ingest(to, drawn(12, seed=seed + turn))

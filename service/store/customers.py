@@ -1,8 +1,7 @@
 """Every statement about customers and the keys that name them."""
 
-import contextlib
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,6 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.domain.customers import BillingFrequency, BillingPeriod, Customer
 from service.errors import AlreadyExists, NotFound, Reason
 from service.store.tables import customer_keys, customers, violated_constraint
+
+# Claims of a key that others take and give up at the same moment.
+CLAIMS_MAX = 10
 
 _ALIASES = (
     sa.select(sa.func.array_agg(aggregate_order_by(customer_keys.c.key, customer_keys.c.key)))
@@ -42,16 +44,18 @@ async def create_customer(connection: AsyncConnection, organization: str, custom
             create_digest=customer.digest(),
             **_billing_columns(customer.billing_period),
         )
-        .on_conflict_do_nothing(index_elements=[customers.c.organization_id, customers.c.id])
+        # Any conflict, of the id or of the buyer id: which of the two a concurrent creation shows first is chance.
+        .on_conflict_do_nothing()
         .returning(customers.c.id)
     )
-    with _buyer_id_conflict(customer.buyer_id):
-        created = (await connection.execute(statement)).first() is not None
-    if created:
+    if (await connection.execute(statement)).first() is not None:
         await _claim_keys(connection, organization, customer.id, {str(customer.id), *customer.ingest_aliases})
         return await get_customer(connection, organization, customer.id)
-    digest = sa.select(customers.c.create_digest).where(*_one(organization, customer.id))
-    if (await connection.execute(digest)).scalar_one() != customer.digest():
+    query = sa.select(customers.c.create_digest).where(*_one(organization, customer.id))
+    digest = (await connection.execute(query)).scalar_one_or_none()
+    if digest is None:
+        raise _buyer_id_in_use(customer.buyer_id)
+    if digest != customer.digest():
         raise AlreadyExists(
             Reason.ID_IN_USE,
             f"Customer {customer.id} was created with other content; use another id, or UpdateCustomer to change it.",
@@ -115,8 +119,12 @@ async def update_customer(
     connection: AsyncConnection, organization: str, customer_id: uuid.UUID, values: Mapping[str, Any]
 ) -> Customer:
     """Set columns (`name`, `buyer_id`, `custom_fields`); raises NotFound, AlreadyExists."""
-    with _buyer_id_conflict(values.get("buyer_id")):
+    try:
         await _update(connection, organization, customer_id, values)
+    except sa.exc.IntegrityError as error:
+        if violated_constraint(error) != "customers_organization_id_buyer_id_key":
+            raise
+        raise _buyer_id_in_use(values.get("buyer_id")) from error
     return await get_customer(connection, organization, customer_id)
 
 
@@ -168,24 +176,27 @@ async def _claim_keys(
 ) -> None:
     # Sorted, so that two customers that claim the same keys wait for each other in one direction only.
     rows = [{"organization_id": organization, "key": key, "customer_id": customer_id} for key in sorted(keys)]
-    await connection.execute(insert(customer_keys).values(rows).on_conflict_do_nothing())
-    query = (
-        sa.select(customer_keys.c.key)
-        .where(
-            customer_keys.c.organization_id == organization,
-            customer_keys.c.key == sa.any_(sa.literal(list(keys), ARRAY(sa.Text))),
-            customer_keys.c.customer_id != customer_id,
-        )
-        .order_by(customer_keys.c.key)
+    owners = sa.select(customer_keys.c.key, customer_keys.c.customer_id).where(
+        customer_keys.c.organization_id == organization,
+        customer_keys.c.key == sa.any_(sa.literal(list(keys), ARRAY(sa.Text))),
     )
-    taken = list((await connection.execute(query)).scalars())
-    if taken:
-        named = ", ".join(taken[:20])
-        raise AlreadyExists(
-            Reason.CUSTOMER_KEY_IN_USE,
-            f"Another customer owns the key {named}; remove it there first (SetIngestAliases).",
-            metadata={"keys": named},
-        )
+    taken: list[str] = []
+    for _ in range(CLAIMS_MAX):
+        await connection.execute(insert(customer_keys).values(rows).on_conflict_do_nothing())
+        found = {row.key: row.customer_id for row in await connection.execute(owners)}
+        taken = sorted(key for key, owner in found.items() if owner != customer_id)
+        if taken:
+            break
+        # A key that kept the insert from storing it can be given up before the owners are read: then it is free.
+        taken = sorted(set(keys) - set(found))
+        if not taken:
+            return
+    named = ", ".join(taken[:20])
+    raise AlreadyExists(
+        Reason.CUSTOMER_KEY_IN_USE,
+        f"Another customer owns the key {named}; remove it there first (SetIngestAliases).",
+        metadata={"keys": named},
+    )
 
 
 async def _update(
@@ -201,18 +212,9 @@ async def _update(
         raise not_found([customer_id])
 
 
-@contextlib.contextmanager
-def _buyer_id_conflict(buyer_id: object) -> Iterator[None]:
-    try:
-        yield
-    except sa.exc.IntegrityError as error:
-        if violated_constraint(error) != "customers_organization_id_buyer_id_key":
-            raise
-        raise AlreadyExists(
-            Reason.BUYER_ID_IN_USE,
-            f"Another customer has the buyer id {buyer_id!r}.",
-            metadata={"buyer_id": str(buyer_id)},
-        ) from error
+def _buyer_id_in_use(buyer_id: object) -> AlreadyExists:
+    message = f"Another customer has the buyer id {buyer_id!r}."
+    return AlreadyExists(Reason.BUYER_ID_IN_USE, message, metadata={"buyer_id": str(buyer_id)})
 
 
 def _one(organization: str, customer_id: uuid.UUID) -> tuple[sa.ColumnElement[bool], ...]:

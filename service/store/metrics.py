@@ -13,7 +13,7 @@ from service.domain.metrics import Aggregation, BillableMetric, PropertyFilter
 from service.domain.windows import CELL, cell_floor
 from service.errors import AlreadyExists, NotFound, Reason
 from service.store import cells, events, organizations
-from service.store.tables import billable_metrics, usage_events, violated_constraint
+from service.store.tables import billable_metrics, usage_events
 
 # The end of a chunk is chosen so that about this many events are counted again while writers wait.
 BACKFILL_EVENTS = 20_000
@@ -42,29 +42,23 @@ async def create_metric(connection: AsyncConnection, organization: str, metric: 
             backfill_from=first and cell_floor(first),
             backfill_to=last and cell_floor(last) + CELL,
         )
-        .on_conflict_do_nothing(index_elements=[billable_metrics.c.organization_id, billable_metrics.c.id])
+        .on_conflict_do_nothing()
         .returning(billable_metrics.c.id)
     )
-    try:
-        created = (await connection.execute(statement)).first() is not None
-    except sa.exc.IntegrityError as error:
-        if violated_constraint(error) != "billable_metrics_organization_id_key_key":
-            raise
-        raise AlreadyExists(
-            Reason.METRIC_KEY_IN_USE,
-            f"Another billable metric has the key {metric.key!r}.",
-            metadata={"key": str(metric.key)},
-        ) from error
-    if created:
+    if (await connection.execute(statement)).first() is not None:
         await organizations.bump_catalog_version(connection, organization)
-    else:
-        digest = sa.select(billable_metrics.c.create_digest).where(*_one(organization, metric.id))
-        if (await connection.execute(digest)).scalar_one() != metric.digest():
-            raise AlreadyExists(
-                Reason.ID_IN_USE,
-                f"Billable metric {metric.id} was created with other content, which cannot change: use a new id.",
-                metadata={"id": str(metric.id)},
-            )
+        return await get_metric(connection, organization, metric.id)
+    query = sa.select(billable_metrics.c.create_digest).where(*_one(organization, metric.id))
+    digest = (await connection.execute(query)).scalar_one_or_none()
+    if digest is None:
+        message = f"Another billable metric has the key {metric.key!r}."
+        raise AlreadyExists(Reason.METRIC_KEY_IN_USE, message, metadata={"key": str(metric.key)})
+    if digest != metric.digest():
+        raise AlreadyExists(
+            Reason.ID_IN_USE,
+            f"Billable metric {metric.id} was created with other content, which cannot change: use a new id.",
+            metadata={"id": str(metric.id)},
+        )
     return await get_metric(connection, organization, metric.id)
 
 
