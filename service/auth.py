@@ -119,7 +119,7 @@ class Auth:
     async def _ask(self, key_id: str, work: Callable[[AsyncConnection], Awaitable[Answer]]) -> Answer:
         task: asyncio.Task[Answer] | None = self._asking.get(key_id)
         if task is None:
-            task = asyncio.create_task(self._database.read(work))
+            task = asyncio.create_task(self._database.look_up(work))
             self._asking[key_id] = task
             task.add_done_callback(lambda done: self._answered(key_id, done))
         # Shielded: a caller that leaves must not take the answer from those that wait with it.

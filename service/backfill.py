@@ -1,6 +1,7 @@
 """Owns the background task that counts the past of new metrics, chunk by chunk, until none is left to count."""
 
 import asyncio
+import uuid
 
 import structlog
 
@@ -12,6 +13,8 @@ log = structlog.get_logger("metering.backfill")
 
 # Other replicas' metrics, and those whose server died, are found by looking now and then.
 POLL_S = 5.0
+# A metric that cannot be counted is tried again, but not in a tight loop.
+FAILED_PAUSE_S = 1.0
 # Writers of the organization get at least as much time as a chunk took from them.
 _PAUSE_SHARE = 1.0
 
@@ -47,9 +50,15 @@ class Backfill:
         # One chunk of each in turn, so that no organization waits for another's whole past.
         while unfinished := await self._database.background(store.backfilling):
             for organization, metric_id in unfinished:
-                began = asyncio.get_running_loop().time()
-                await self._database.background(
-                    lambda c, org=organization, one=metric_id: store.backfill_chunk(c, org, one)  # type: ignore[misc]  # bound as defaults
-                )
-                took = asyncio.get_running_loop().time() - began
-                await asyncio.sleep(took * _PAUSE_SHARE)
+                await self._count_chunk(organization, metric_id)
+
+    async def _count_chunk(self, organization: str, metric_id: uuid.UUID) -> None:
+        began = asyncio.get_running_loop().time()
+        try:
+            await self._database.background(lambda c: store.backfill_chunk(c, organization, metric_id))
+        except MeteringError:
+            raise  # the database is away, for every metric alike
+        except Exception:
+            log.exception("backfill of a metric failed; others go on", organization=organization, metric=str(metric_id))
+            await asyncio.sleep(FAILED_PAUSE_S)
+        await asyncio.sleep((asyncio.get_running_loop().time() - began) * _PAUSE_SHARE)

@@ -25,9 +25,13 @@ Result = TypeVar("Result")
 
 WRITES_MAX = 4
 READS_MAX = 6
+LOOKUPS_MAX = 2
 # Two more than the admitted work needs: the backfill and the health check never wait behind callers.
-POOL_SIZE = WRITES_MAX + READS_MAX + 2
+POOL_SIZE = WRITES_MAX + READS_MAX + LOOKUPS_MAX + 2
 STATEMENT_TIMEOUT_S = 30
+# A whole transaction of a caller: past it the connection, not the statement, must be what hangs.
+TRANSACTION_TIMEOUT_S = 60
+BACKGROUND_TIMEOUT_S = 24 * 3600
 ATTEMPTS_MAX = 10
 VERSION_MIN = 150000
 
@@ -44,6 +48,10 @@ class UnsafeDatabase(Exception):
     """The database cannot keep the promise that an acknowledged event is durable; the text says what to do."""
 
 
+class BadDatabaseUrl(Exception):
+    """The database URL is not one; the text says what is wrong, and never the URL, which can hold a password."""
+
+
 class Database:
     """One pool of connections, and the only ways in which a transaction is run.
 
@@ -53,9 +61,10 @@ class Database:
 
     def __init__(self, url: str) -> None:
         """Prepare the pool; no connection is made yet. `url` is `postgresql+asyncpg://…` or `postgresql://…`."""
+        parsed, ssl = _parsed(url)
         # Every batch goes through the same handful of statements, so their plans are kept per connection.
         self.engine: AsyncEngine = create_async_engine(
-            sa.make_url(url).set(drivername="postgresql+asyncpg"),
+            parsed,
             pool_size=POOL_SIZE,
             max_overflow=0,
             pool_timeout=5,
@@ -64,9 +73,13 @@ class Database:
             pool_pre_ping=True,
             hide_parameters=True,
             connect_args={
+                **ssl,
                 "timeout": 5,
-                "command_timeout": STATEMENT_TIMEOUT_S + 5,
                 "server_settings": {
+                    # What a database or role sets as its default must not change what is promised here: a snapshot
+                    # taken before the lock is granted would not see the metric that the lock was held for.
+                    "default_transaction_isolation": "read committed",
+                    "default_transaction_read_only": "off",
                     "application_name": "metering",
                     "synchronous_commit": "on",
                     "statement_timeout": str(STATEMENT_TIMEOUT_S * 1000),
@@ -79,6 +92,7 @@ class Database:
         sa.event.listen(self.engine.sync_engine, "connect", _prepare_connection)
         self._writes = asyncio.Semaphore(WRITES_MAX)
         self._reads = asyncio.Semaphore(READS_MAX)
+        self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
         self._running: set[asyncio.Task[Any]] = set()
 
     async def write(self, work: Callable[[AsyncConnection], Awaitable[Result]], *, retry: bool = True) -> Result:
@@ -87,22 +101,32 @@ class Database:
         Deadlocks and serialization failures run the whole of `work` again. Raises Unavailable when the database does
         not answer (the outcome is then unknown), and whatever `work` raises, after a rollback.
         """
-        return await self._shielded(self._writes, lambda: self._attempts(work, ATTEMPTS_MAX if retry else 1))
+        return await self._shielded(
+            self._writes, lambda: self._attempts(work, ATTEMPTS_MAX if retry else 1, TRANSACTION_TIMEOUT_S)
+        )
 
     async def read(
         self, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
     ) -> Result:
         """Run `work` in one read-only snapshot. `timeout_s` bounds each statement. Raises as `write`."""
-        return await self._shielded(self._reads, lambda: self._snapshot(work, timeout_s))
+        return await self._shielded(self._reads, lambda: self._snapshot(work, timeout_s, TRANSACTION_TIMEOUT_S))
 
-    async def background(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
-        """Run `work` in one transaction outside the admission of callers and without a statement timeout."""
+    async def look_up(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
+        """Run a short `work` as `read` does, but never behind callers' queries: a call must know whose it is."""
+        return await self._shielded(self._lookups, lambda: self._snapshot(work, None, TRANSACTION_TIMEOUT_S))
+
+    async def background(
+        self, work: Callable[[AsyncConnection], Awaitable[Result]], *, snapshot: bool = False
+    ) -> Result:
+        """Run `work` in one transaction (or read-only snapshot) outside the admission and the limits of callers."""
 
         async def unlimited(connection: AsyncConnection) -> Result:
             await connection.execute(sa.func.set_config("statement_timeout", "0", True).select())
             return await work(connection)
 
-        return await self._attempts(unlimited, ATTEMPTS_MAX)
+        if snapshot:
+            return await self._snapshot(unlimited, None, BACKGROUND_TIMEOUT_S)
+        return await self._attempts(unlimited, ATTEMPTS_MAX, BACKGROUND_TIMEOUT_S)
 
     async def ping(self) -> bool:
         """Say whether the database answers now."""
@@ -166,22 +190,28 @@ class Database:
         if not task.cancelled():
             task.exception()  # a caller that left does not fetch it; asyncio must not complain about that
 
-    async def _attempts(self, work: Callable[[AsyncConnection], Awaitable[Result]], attempts: int) -> Result:
+    async def _attempts(
+        self, work: Callable[[AsyncConnection], Awaitable[Result]], attempts: int, limit_s: float
+    ) -> Result:
         for attempt in range(1, attempts + 1):
             try:
-                async with self._connected() as connection, connection.begin():
+                async with asyncio.timeout(limit_s), self._connected() as connection, connection.begin():
                     return await work(connection)
             except DATABASE_ERRORS as error:
                 state = sqlstate(error)
                 if state in _DEADLOCK_OR_SERIALIZATION and attempt < attempts:
                     await asyncio.sleep(random.uniform(0, 0.005 * 2**attempt))  # noqa: S311 - jitter, not a secret
                     continue
-                raise _translated(error) from error
+                if (told := _translated(error)) is error:
+                    raise
+                raise told from error
         raise AssertionError("unreachable")
 
-    async def _snapshot(self, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float | None) -> Result:
+    async def _snapshot(
+        self, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float | None, limit_s: float
+    ) -> Result:
         try:
-            async with self._connected() as connection:
+            async with asyncio.timeout(limit_s), self._connected() as connection:
                 await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
                 async with connection.begin():
                     if timeout_s is not None and timeout_s < STATEMENT_TIMEOUT_S:
@@ -189,7 +219,22 @@ class Database:
                         await connection.execute(sa.func.set_config("statement_timeout", limit, True).select())
                     return await work(connection)
         except DATABASE_ERRORS as error:
-            raise _translated(error) from error
+            if (told := _translated(error)) is error:
+                raise
+            raise told from error
+
+
+def _parsed(url: str) -> tuple[sa.URL, dict[str, str]]:
+    """Read a database URL as libpq's users write it; returns it for SQLAlchemy, and the TLS mode for asyncpg."""
+    try:
+        parsed = sa.make_url(url).set(drivername="postgresql+asyncpg")
+    except sa.exc.ArgumentError:
+        raise BadDatabaseUrl("The database URL cannot be read; it looks like postgresql://user@host/name.") from None
+    mode = parsed.query.get("sslmode", parsed.query.get("ssl"))
+    rest = parsed.difference_update_query(["sslmode", "ssl"])
+    if unknown := sorted(set(rest.query) - {"host", "port"}):
+        raise BadDatabaseUrl(f"The database URL has {', '.join(unknown)}; only host, port and sslmode are understood.")
+    return rest, {"ssl": str(mode)} if mode else {}
 
 
 def sqlstate(error: BaseException) -> str | None:

@@ -4,6 +4,7 @@ It must not know the wire format; it takes checked events and answers with outco
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.database import Database
 from service.domain.events import EVENTS_MAX, Event, Outcome, TimeLimits, Verdict, time_violation
-from service.errors import AlreadyExists, InvalidArgument, Reason, Unavailable, Violation
+from service.errors import AlreadyExists, DeadlineExceeded, InvalidArgument, Reason, Unavailable, Violation
 from service.store import events as event_store
 from service.store import metrics as metric_store
 from service.store import organizations
@@ -77,7 +78,13 @@ class Ingest:
             task = asyncio.create_task(self._drain(organization, queue))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return await call.answer
+        try:
+            return await call.answer
+        except asyncio.CancelledError:
+            # One that still waits is given up at once, with the memory that it holds.
+            with contextlib.suppress(ValueError):
+                queue.calls.remove(call)
+            raise
 
     async def close(self) -> None:
         """Wait until every batch that was taken is answered."""
@@ -97,12 +104,13 @@ class Ingest:
         try:
             answers = await self._commit(organization, [call.batch for call in calls])
         except Exception as error:
-            if len(calls) > 1 and not isinstance(error, Unavailable):
+            if len(calls) > 1 and not isinstance(error, Unavailable | DeadlineExceeded):
                 # One caller's events must not fail the others'. (When the database is away, trying alone cannot help
                 # and the callers are told so.)
                 log.warning("shared transaction failed; retrying each call alone", calls=len(calls), error=repr(error))
                 for call in calls:
-                    await self._answer(organization, [call])
+                    if not call.answer.done():
+                        await self._answer(organization, [call])
                 return
             for call in calls:
                 if not call.answer.done():
@@ -129,36 +137,25 @@ class Ingest:
         all_or_nothing: bool,
     ) -> list[Outcome]:
         """Decide every item inside one transaction. The first of equal ids in `items` speaks for the id."""
-        now = datetime.now(UTC)
-        outcomes: list[Outcome | None] = [None] * len(items)
-        fresh: dict[str, int] = {}
-        late: dict[int, Violation] = {}
-        unsettled: list[int] = []
-        for i, item in enumerate(items):
-            if not isinstance(item, Event):
-                outcomes[i] = Outcome(Verdict.REJECTED, item)
-            elif violation := time_violation("timestamp", item.timestamp, now, self._limits):
-                # Too early or too late to be new; but if it is stored, it is answered as stored.
-                late[i] = violation
-            elif item.transaction_id in fresh:
-                unsettled.append(i)
-            else:
-                fresh[item.transaction_id] = i
+        sorted_out = _sort_out(items, datetime.now(UTC), self._limits)
+        outcomes, fresh, late = sorted_out.outcomes, sorted_out.fresh, sorted_out.late
+        accepted: set[str] = set()
         if fresh:
             statements = await self._current_statements(connection, organization)
-            batch = [items[i] for i in fresh.values()]
-            accepted = await event_store.insert_events(connection, organization, statements, batch)  # type: ignore[arg-type]  # `fresh` holds events only
-            for transaction_id, i in fresh.items():
-                if transaction_id in accepted:
-                    outcomes[i] = ACCEPTED
-                else:
-                    unsettled.append(i)
-        events = {i: item for i in (*unsettled, *late) if isinstance(item := items[i], Event)}
+            accepted = await event_store.insert_events(connection, organization, statements, list(fresh.values()))
+            for transaction_id in accepted:
+                outcomes[sorted_out.first[transaction_id]] = ACCEPTED
+        undecided = [i for i, outcome in enumerate(outcomes) if outcome is None]
+        events = {i: item for i in undecided if isinstance(item := items[i], Event)}
         for i, differing in (await _compare(connection, organization, events)).items():
             outcomes[i] = _stored_outcome(differing)
         for i, violation in late.items():
-            outcomes[i] = outcomes[i] or Outcome(Verdict.REJECTED, (violation,))
+            # Stored before, it is answered as stored; if its id was stored just now, that was by another event.
+            if outcomes[i] is None or events[i].transaction_id in accepted:
+                outcomes[i] = Outcome(Verdict.REJECTED, (violation,))
         decided = [outcome for outcome in outcomes if outcome is not None]
+        if len(decided) < len(items):
+            raise AssertionError("an event was neither stored by this transaction nor found to be stored")
         if all_or_nothing:
             _require_all(decided)
         return decided
@@ -169,7 +166,8 @@ class Ingest:
         known = self._statements.get(organization)
         if known is None or known[0] != version:
             metrics = await metric_store.all_metrics(connection, organization)
-            known = (version, event_store.ingest_statements(metrics))
+            # In a thread: an organization with many metrics must not keep the others' calls from the loop.
+            known = (version, await asyncio.to_thread(event_store.ingest_statements, metrics))
             self._statements[organization] = known
         return known[1]
 
@@ -190,6 +188,30 @@ def _take(calls: deque[_Call]) -> list[_Call]:
         if call.batch.all_or_nothing:
             break
     return taken
+
+
+class _SortedOut(NamedTuple):
+    """Items by what is to be done: `outcomes` known already, else None; events to insert, with the index of the item
+    that speaks for each id; and those whose time is refused unless they are stored.
+    """
+
+    outcomes: list[Outcome | None]
+    fresh: dict[str, Event]
+    first: dict[str, int]
+    late: dict[int, Violation]
+
+
+def _sort_out(items: Sequence[Event | tuple[Violation, ...]], now: datetime, limits: TimeLimits) -> _SortedOut:
+    found = _SortedOut([None] * len(items), {}, {}, {})
+    for i, item in enumerate(items):
+        if not isinstance(item, Event):
+            found.outcomes[i] = Outcome(Verdict.REJECTED, item)
+        elif violation := time_violation("timestamp", item.timestamp, now, limits):
+            found.late[i] = violation
+        elif item.transaction_id not in found.fresh:
+            found.fresh[item.transaction_id] = item
+            found.first[item.transaction_id] = i
+    return found
 
 
 async def _compare(connection: AsyncConnection, organization: str, events: dict[int, Event]) -> dict[int, list[str]]:

@@ -123,23 +123,29 @@ async def serve(config: Config, ready: Callable[[list[str]], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with open_database(config) as database:
+    async with open_database(config) as (database, postgres):
         if config.migrate or config.database_url is None:
             await upgrade(database.engine)
         async with serving(config, database) as addresses:
             ready(addresses)
-            await stop.wait()
+            while not stop.is_set():
+                if postgres is not None:
+                    # Raises once the supervisor has given up: an orchestrator can do more about that than we can.
+                    postgres.check()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(HEALTH_PERIOD_S):
+                        await stop.wait()
             log.info("draining", seconds=config.drain.total_seconds())
 
 
 @contextlib.asynccontextmanager
-async def open_database(config: Config) -> AsyncIterator[Database]:
-    """Give the configured database, running the embedded Postgres around the block if there is no URL.
+async def open_database(config: Config) -> AsyncIterator[tuple[Database, EmbeddedPostgres | None]]:
+    """Give the configured database, running the embedded Postgres around the block (and giving it too) without a URL.
 
-    Raises PostgresError when that cannot be started.
+    Raises PostgresError when that cannot be started, BadDatabaseUrl.
     """
     with contextlib.ExitStack() as stack:
-        url = config.database_url
+        url, postgres = config.database_url, None
         if url is None:
             bin_dir = Path(config.pg_bin) if config.pg_bin else None
             postgres = EmbeddedPostgres(config.data_dir, bin_dir=bin_dir)
@@ -148,7 +154,7 @@ async def open_database(config: Config) -> AsyncIterator[Database]:
             url = postgres.url
         database = Database(url)
         try:
-            yield database
+            yield database, postgres
         finally:
             await database.close()
 
@@ -220,7 +226,10 @@ def _owned_socket(path: Path) -> Iterator[None]:
 async def _watch_health(servicer: health.aio.HealthServicer, database: Database) -> None:
     while True:
         await asyncio.sleep(HEALTH_PERIOD_S)
-        await _set_health(servicer, database)
+        try:
+            await _set_health(servicer, database)
+        except Exception:
+            log.exception("health could not be told; trying again")
 
 
 async def _set_health(servicer: health.aio.HealthServicer, database: Database) -> None:

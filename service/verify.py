@@ -29,6 +29,9 @@ class Finding:
 
     def __str__(self) -> str:
         wrong = self.mismatch
+        place = f"{self.organization} {self.metric.id} {wrong.customer_key!r} {wrong.cell_start:%Y-%m-%dT%H:%MZ}"
+        if wrong.note:
+            return f"{place}: {wrong.note}"
         stored = wrong.stored or {}
         computed = wrong.computed or {}
         differing = [
@@ -36,10 +39,7 @@ class Finding:
             for name in sorted(stored.keys() | computed.keys())
             if stored.get(name) != computed.get(name)
         ]
-        return (
-            f"{self.organization} {self.metric.id} {wrong.customer_key!r} {wrong.cell_start:%Y-%m-%dT%H:%MZ} "
-            f"{wrong.group_values}: {'; '.join(differing) or 'distinct values differ'}"
-        )
+        return f"{place} {wrong.group_values}: {'; '.join(differing)}"
 
 
 async def verify_cells(
@@ -91,7 +91,8 @@ async def _verify_stretch(
         metric = await metric_store.get_metric(connection, organization, metric_id)
         await cells.recompute(connection, organization, metric, *span)
 
-    findings = await database.read(compare)
+    # Not as a caller's query: a stretch of a large organization takes its time.
+    findings = await database.background(compare, snapshot=True)
     for finding in findings:
         found(finding)
     if findings and repair:

@@ -33,7 +33,7 @@ from service.store import cells, organizations
 from service.store import metrics as metric_store
 from service.store.tables import billable_metrics
 
-EXAMPLES = 60
+EXAMPLES = 40
 LONG_FACTOR = 10
 STAGES = 4  # events are sent in the first three; in the last, what comes too late for all of them
 
@@ -995,6 +995,49 @@ async def test_moving_an_alias_moves_its_history(servers: Servers, aggregation: 
             )
             request = _request("HOUR" if len(spans) > 1 else "NONE", [metric], customer_ids=list(keys))
             await compare(_always(tenant), sent, request, selection)
+
+
+async def test_every_value_counts_or_is_skipped(servers: Servers) -> None:
+    """Each value, alone and beside the smallest one there is, gives what the rules of quantities say."""
+    tenant = await servers.tenant()
+    client = _always(tenant)
+    customer = await client().create_customer(ingest_aliases=["acme"])
+    filtered = (
+        oracle.Filter("q", None, ("60", "1.5", "text", "[1, 2.5]")),
+        oracle.Filter("q", True, (), ("60", "true")),
+    )
+    definitions = [
+        _definition(10 * i + j, aggregation, filters=filters, group_keys=(("q",),))
+        for i, aggregation in enumerate(AGGREGATIONS)
+        for j, filters in enumerate(((), filtered[:1], filtered[1:]))
+    ]
+    for one in definitions[::2]:
+        await create(client(), one)
+    sent = [
+        oracle.Event(f"{i} {j}", "acme", "call", HISTORY + oracle.HOUR * (2 * i + bool(j)), {"q": value})
+        for i, one in enumerate((*PLAIN_VALUES, *NASTY_VALUES))
+        for j, value in enumerate((one, one, "0.000000000000000001"))
+    ]
+    sent += [oracle.Event(f"none {i}", "acme", "call", one.timestamp, {}) for i, one in enumerate(sent[::6])]
+    await client().ingest(*map(wire, sent))
+    for one in definitions[1::2]:
+        await create(client(), one)
+    for one in definitions:
+        await client().counted(await fetch(client(), one.id))
+    number = 2 * len(PLAIN_VALUES + NASTY_VALUES)
+    for size, spans in (
+        ("HOUR", oracle.hours(HISTORY, number)),
+        ("NONE", [(HISTORY - oracle.MICROSECOND, HISTORY + number * oracle.HOUR)]),
+        ("NONE", [(HISTORY, HISTORY + oracle.MICROSECOND)]),
+        ("NONE", [(HISTORY + oracle.MICROSECOND, HISTORY + oracle.HOUR + oracle.MICROSECOND)]),
+    ):
+        group_by = oracle.GroupBy("q")
+        selection = oracle.Selection(
+            {customer.id: frozenset({"acme"})}, [(one, group_by) for one in definitions], spans
+        )
+        metrics = [{"id": one.id, "group_by": group_by._asdict()} for one in definitions]
+        request = _request(size, (), customer_ids=[customer.id]) | {"billable_metrics": metrics}
+        await compare(client, sent, request, selection)
 
 
 @pytest.mark.parametrize("backfilling", [False, True])

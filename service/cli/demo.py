@@ -59,7 +59,7 @@ async def _demo(listen: str, keep: bool) -> None:
         os.chmod(directory, 0o755)  # noqa: S103 - what it holds is closed by itself
         _say("Starting an embedded Postgres and a server")
         config = Config(listen=(listen,), data_dir=Path(directory) / "data")
-        async with open_database(config) as database:
+        async with open_database(config) as (database, _):
             await upgrade(database.engine)
             async with serving(config, database) as (address,):
                 await asyncio.to_thread(_tour, address, keep)

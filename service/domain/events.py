@@ -12,7 +12,7 @@ from service.errors import Reason, Violation
 EVENTS_MAX = 10_000
 PROPERTIES_MAX = 64
 PROPERTIES_BYTES_MAX = 16 * 1024
-# An event is told this many of its faults, so that what is said about bad events is never more than what was sent.
+# An event is told this many of its faults.
 VIOLATIONS_MAX = 5
 # Ids that the service itself gives to events it makes out of usage record groups.
 RESERVED_PREFIX = "urg:"

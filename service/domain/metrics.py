@@ -15,6 +15,11 @@ VALUES_MAX = 1_000
 FILTERS_MAX = 32
 GROUP_KEYS_MAX = 10
 GROUP_KEY_PROPERTIES_MAX = 10
+DEFINITION_BYTES_MAX = 64 * 1024
+# Every metric of an organization, archived ones too, is part of the one statement that counts its events. Postgres
+# takes 32,767 values in a statement, and every metric costs each batch time.
+METRICS_MAX = 500
+WEIGHT_MAX = 30_000
 
 
 class Aggregation(enum.Enum):
@@ -85,8 +90,24 @@ class BillableMetric:
         }
 
     def digest(self) -> bytes:
-        """Tell this definition from any other."""
-        return content_digest(self.definition())
+        """Tell this definition from any other; what is a set is the same in any order."""
+        filters = [
+            (one.name, one.exists, sorted(one.in_values), sorted(one.not_in_values)) for one in self.property_filters
+        ]
+        return content_digest(
+            {
+                **self.definition(),
+                "event_types": sorted(self.event_types),
+                "excluded_event_types": sorted(self.excluded_event_types),
+                "property_filters": sorted(filters, key=lambda one: one[0]),
+                "group_keys": sorted(sorted(key) for key in self.group_keys),
+            }
+        )
+
+    @property
+    def weight(self) -> int:
+        """How many values its SQL carries, at most; what an organization may have of them is bounded."""
+        return 24 + 8 * len(self.property_filters) + 2 * len(self.group_properties)
 
 
 def content_digest(content: Mapping[str, object]) -> bytes:
@@ -110,6 +131,10 @@ def violations(metric: BillableMetric, path: str) -> list[Violation]:
     faults += _filters(f"{path}.property_filters", metric.property_filters)
     faults += _group_keys(f"{path}.group_keys", metric.group_keys)
     faults += checks.custom_fields(f"{path}.custom_fields", metric.custom_fields)
+    size = len(json.dumps(metric.definition(), ensure_ascii=False).encode())
+    if size > DEFINITION_BYTES_MAX and not any(faults):
+        message = f"takes {size:,} bytes as JSON; at most {DEFINITION_BYTES_MAX:,} are allowed"
+        faults.append(Violation(path, Reason.LIMIT_EXCEEDED, message))
     return [fault for fault in faults if fault]
 
 

@@ -85,9 +85,9 @@ class UsageWindow:
     @property
     def size(self) -> int:
         """Roughly how many bytes the window takes on the wire."""
-        size = 140 + 3 * len(self.metric.name) + len(self.value or "")
+        size = 140 + 4 * len(self.metric.name) + len(self.value or "")
         if self.groups:
-            size += sum(12 + 3 * len(key) + len(value or "") for key, value in self.groups.items())
+            size += sum(12 + 4 * len(key) + len(value or "") for key, value in self.groups.items())
         return size
 
 

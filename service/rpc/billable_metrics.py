@@ -9,7 +9,7 @@ from service.database import Database
 from service.domain import pages
 from service.rpc import wire
 from service.rpc.interceptor import Context, organization
-from service.rpc.pages import PageTokens
+from service.rpc.pages import PageTokens, fitting
 from service.store import metrics as store
 
 
@@ -58,9 +58,10 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
             ),
             timeout_s=context.time_remaining(),
         )
-        response = pb.ListBillableMetricsResponse(billable_metrics=[wire.metric(row) for row in rows[:limit]])
-        if len(rows) > limit:
-            state = {"after": str(rows[limit - 1].id)}
+        page = fitting([wire.metric(row) for row in rows], limit)
+        response = pb.ListBillableMetricsResponse(billable_metrics=page)
+        if len(rows) > len(page):
+            state = {"after": page[-1].id}
             response.next_page_token = await self._tokens.encode("ListBillableMetrics", request, state)
         return response
 

@@ -8,7 +8,7 @@ from service.database import Database
 from service.domain import pages
 from service.rpc import wire
 from service.rpc.interceptor import Context, organization
-from service.rpc.pages import PageTokens
+from service.rpc.pages import PageTokens, fitting
 from service.store import customers as store
 
 
@@ -49,9 +49,10 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
             ),
             timeout_s=context.time_remaining(),
         )
-        response = pb.ListCustomersResponse(customers=[wire.customer(row) for row in rows[:limit]])
-        if len(rows) > limit:
-            state = {"after": str(rows[limit - 1].id)}
+        page = fitting([wire.customer(row) for row in rows], limit)
+        response = pb.ListCustomersResponse(customers=page)
+        if len(rows) > len(page):
+            state = {"after": page[-1].id}
             response.next_page_token = await self._tokens.encode("ListCustomers", request, state)
         return response
 

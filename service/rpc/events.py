@@ -31,14 +31,13 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         limit = pages.page_size(request.page_size)
         state = await self._tokens.decode("ListUnmatchedCustomerKeys", request, request.page_token)
         after, org = state["after"] if state else "", organization()
-        rows = await self._database.read(
-            lambda c: store.list_unmatched_keys(c, org, after=after, limit=limit + 1),
-            timeout_s=context.time_remaining(),
+        rows, following = await self._database.read(
+            lambda c: store.list_unmatched_keys(c, org, after=after, limit=limit), timeout_s=context.time_remaining()
         )
         response = event_pb2.ListUnmatchedCustomerKeysResponse(
-            unmatched_customer_keys=[wire.unmatched_key(row) for row in rows[:limit]]
+            unmatched_customer_keys=[wire.unmatched_key(row) for row in rows]
         )
-        if len(rows) > limit:
-            state = {"after": rows[limit - 1].key}
+        if following is not None:
+            state = {"after": following}
             response.next_page_token = await self._tokens.encode("ListUnmatchedCustomerKeys", request, state)
         return response

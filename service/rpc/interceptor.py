@@ -1,11 +1,12 @@
 """Owns what every call passes through: request id, decoding, credential, load limit, and errors into statuses."""
 
 import asyncio
+import contextlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -14,7 +15,7 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from service.auth import Auth
-from service.errors import InvalidArgument, MeteringError, Reason, ResourceExhausted, Violation
+from service.errors import MeteringError, Reason, ResourceExhausted, invalid
 from service.rpc.status import internal, status
 
 log = structlog.get_logger("metering.rpc")
@@ -25,6 +26,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 # Health answers anyone: orchestrators have no credential.
 _PUBLIC = "/grpc.health.v1.Health/"
+# What a waiting call takes at least, however small its request: bounds their number too.
+_REQUEST_BYTES_MIN = 4096
 _REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -34,11 +37,6 @@ _organization: ContextVar[str] = ContextVar("organization")
 def organization() -> str:
     """Return the organization of the call being served: that of its credential, never of a header or field."""
     return _organization.get()
-
-
-class _Request(NamedTuple):
-    message: Any
-    size: int
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
@@ -62,8 +60,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return handler
         if not handler.request_streaming and not handler.response_streaming:
             return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary),
-                request_deserializer=_decoder(handler.request_deserializer),
+                # Decoded by us, once we know who calls and that there is room. gRPC would do it first, and answer
+                # bytes that do not decode with UNKNOWN and the name of a Python class.
+                self._unary(method, handler.unary_unary, handler.request_deserializer),
+                request_deserializer=None,
                 response_serializer=handler.response_serializer,
             )
         if handler.request_streaming and handler.response_streaming:
@@ -74,27 +74,34 @@ class Interceptor(grpc.aio.ServerInterceptor):
             )
         raise AssertionError(f"{method} is of a kind that nothing here protects")
 
-    def _unary(self, method: str, serve: Any) -> Any:
-        async def unary(request: _Request | DecodeError, context: Context) -> Any:
+    def _unary(self, method: str, serve: Any, decode: Any) -> Any:
+        async def unary(raw: bytes, context: Context) -> Any:
             request_id = _request_id(context)
             try:
-                if not isinstance(request, _Request):
-                    message = "is not a message of the expected type"
-                    raise InvalidArgument([Violation("request", Reason.MALFORMED_REQUEST, message)])
-                if self._bytes and self._bytes + request.size > self._bytes_max:
-                    raise ResourceExhausted(
-                        Reason.OVERLOADED, "The server has too much in flight; nothing was done.", retry_after_s=1
-                    )
-                self._bytes += request.size
-                try:
-                    _organization.set(await self._auth.organization(context.invocation_metadata() or ()))
-                    return await serve(request.message, context)
-                finally:
-                    self._bytes -= request.size
+                _organization.set(await self._auth.organization(context.invocation_metadata() or ()))
+                with self._room_for(max(len(raw), _REQUEST_BYTES_MIN)):
+                    try:
+                        request = decode(raw)
+                    except DecodeError:
+                        message = "is not a message of the expected type"
+                        raise invalid("request", Reason.MALFORMED_REQUEST, message) from None
+                    return await serve(request, context)
             except (Exception, asyncio.CancelledError) as error:
                 await _abort(context, _answer(error, context, method, request_id), request_id)
 
         return unary
+
+    @contextlib.contextmanager
+    def _room_for(self, size: int) -> Iterator[None]:
+        if self._bytes and self._bytes + size > self._bytes_max:
+            raise ResourceExhausted(
+                Reason.OVERLOADED, "The server has too much in flight; nothing was done.", retry_after_s=1
+            )
+        self._bytes += size
+        try:
+            yield
+        finally:
+            self._bytes -= size
 
     def _stream(self, method: str, serve: Any) -> Any:
         async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
@@ -107,17 +114,6 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 await _abort(context, _answer(error, context, method, request_id), request_id)
 
         return stream
-
-
-def _decoder(decode: Any) -> Callable[[bytes], _Request | DecodeError]:
-    # Left to itself, gRPC answers bytes that do not decode with UNKNOWN and the name of a Python class.
-    def decoded(raw: bytes) -> _Request | DecodeError:
-        try:
-            return _Request(decode(raw), len(raw))
-        except DecodeError as error:
-            return error
-
-    return decoded
 
 
 def _answer(error: BaseException, context: Context, method: str, request_id: str) -> status_pb2.Status:

@@ -1,15 +1,18 @@
 """Signs and reads page tokens for the RPCs, with the secrets that every replica finds in the database."""
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from service.database import Database
 from service.domain import pages
+from service.domain.usage import PAGE_BYTES_MAX
 from service.rpc.interceptor import organization
 from service.store.organizations import PageTokenKey, current_page_token_keys
+
+M = TypeVar("M", bound=Message)
 
 _REFRESH_S = 3600.0
 # A token with an unknown secret is a reason to look again, but not for every forged token that is sent.
@@ -46,6 +49,16 @@ class PageTokens:
             self._keys = await self._database.write(current_page_token_keys)
             self._loaded_at = time.monotonic()
         return self._keys
+
+
+def fitting(messages: Sequence[M], limit: int) -> list[M]:
+    """Return the first `limit` messages, or as many of them as make a page of about 1 MiB; at least one."""
+    size = 0
+    for i, message in enumerate(messages[:limit]):
+        size += message.ByteSize()
+        if size > PAGE_BYTES_MAX and i:
+            return list(messages[:i])
+    return list(messages[:limit])
 
 
 def _scope(method: str, request: Message) -> str:

@@ -26,6 +26,8 @@ R = TypeVar("R")
 
 # How long one call may keep the event loop from the others.
 _SLICE_S = 0.01
+# Characters of an issue's field path; properties may be nested deeply.
+_FIELD_MAX = 256
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
@@ -196,7 +198,7 @@ def _json_object(fields: Mapping[str, Value], path: str, walk: _Walk) -> str:
     # Written by hand because no JSON library prints numbers as the plain decimals that are compared and summed.
     members = []
     for name in sorted(fields):
-        walk.took(len(name) + 4)
+        walk.took(len(name))
         members.append(f"{encode_basestring(name)}:{_json(fields[name], f'{path}.{name}', walk)}")
     return "{" + ",".join(members) + "}"
 
@@ -223,12 +225,14 @@ def _json(value: Value, path: str, walk: _Walk) -> str:
             walk.took(5)
             return "true" if value.bool_value else "false"
         case "struct_value":
+            # Charged before the names are looked at: a great many are refused without having been sorted.
+            walk.took(2 + 4 * len(value.struct_value.fields))
             for name in value.struct_value.fields:
                 if fault := checks.text(path, name):
                     walk.fault(path, fault.reason, f"has a key that {fault.message}")
             return _json_object(value.struct_value.fields, path, walk)
         case "list_value":
-            walk.took(2)
+            walk.took(2 + len(value.list_value.values))
             items = [_json(one, f"{path}[{i}]", walk) for i, one in enumerate(value.list_value.values)]
             return "[" + ",".join(items) + "]"
         case _:
@@ -237,17 +241,22 @@ def _json(value: Value, path: str, walk: _Walk) -> str:
 
 
 def ingest_response(outcomes: Sequence[events.Outcome]) -> event_pb2.IngestEventsResponse:
-    """Write the outcomes of a batch."""
+    """Write the outcomes of a batch: every verdict, and as many issues as fit beside them."""
     response = event_pb2.IngestEventsResponse()
     response.verdicts.extend([_VERDICTS[outcome.verdict] for outcome in outcomes])
+    left = usage.PAGE_BYTES_MAX
     for i, outcome in enumerate(outcomes):
         for violation in outcome.violations:
-            response.issues.add(
+            issue = event_pb2.EventIssue(
                 index=i,
                 reason=error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{violation.reason.value}"),
-                field=f"events[{i}].{violation.field}",
+                field=f"events[{i}].{violation.field}"[:_FIELD_MAX],
                 message=violation.message,
             )
+            left -= issue.ByteSize() + 4
+            if left < 0:
+                return response
+            response.issues.append(issue)
     return response
 
 

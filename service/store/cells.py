@@ -20,13 +20,14 @@ ORGANIZATION: sa.BindParameter[str] = sa.bindparam("organization", type_=usage_c
 
 
 class Mismatch(NamedTuple):
-    """A cell that differs from what its events say. None stands for a missing side."""
+    """A cell that differs from what its events say. None stands for a missing side; `note` says what else is wrong."""
 
     customer_key: str
     cell_start: datetime
     group_values: list[str | None]
-    stored: dict[str, Any] | None
-    computed: dict[str, Any] | None
+    stored: dict[str, Any] | None = None
+    computed: dict[str, Any] | None = None
+    note: str = ""
 
 
 def stored_events(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
@@ -179,8 +180,10 @@ async def _distinct_mismatches(
         .limit(limit)
     )
     rows = await connection.execute(query, {"organization": organization})
-    name = "distinct values without the other side"
-    return [Mismatch(row[0], row[1], [], {name: row[2]}, {name: row[3]}) for row in rows]
+    return [
+        Mismatch(row[0], row[1], [], note=f"{row[2]} distinct values have no event, {row[3]} are missing")
+        for row in rows
+    ]
 
 
 def _events_between(start: datetime, end: datetime | None) -> sa.Subquery:

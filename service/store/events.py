@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, asyncpg, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.events import Event
@@ -17,15 +17,39 @@ INCOMING = tuple(column.name for column in incoming_events.c)
 
 # How many customer keys one statement walks over when it looks for those that no customer owns.
 KEYS_WALKED = 1_000
+# How many such statements one call may take.
+WALKS_MAX = 20
 
 _ACCEPTED: sa.BindParameter[Any] = sa.bindparam("accepted", type_=ARRAY(sa.Text))
 
 
-class IngestStatements(NamedTuple):
-    """What writes a batch for one version of an organization's metrics; built once per version."""
+class Compiled:
+    """A statement as the SQL that SQLAlchemy made of it, to be sent as it is: with many metrics it is large, and
+    working it out again for every batch would cost more than the batch.
+    """
 
-    insert: sa.Select[Any]
-    distinct: sa.Insert | None
+    def __init__(self, statement: sa.Select[Any] | sa.Insert) -> None:
+        compiled: Any = statement.compile(dialect=asyncpg.dialect())  # type: ignore[no-untyped-call]
+        self._sql = str(compiled)
+        self._names: Sequence[str] = compiled.positiontup or ()
+        self._processors: Mapping[str, Any] = compiled._bind_processors
+        self._fixed = {name: self._processed(name, value) for name, value in compiled.params.items()}
+
+    async def execute(self, connection: AsyncConnection, **values: Any) -> "sa.CursorResult[Any]":
+        """Run it with these values for its named parameters."""
+        given = self._fixed | {name: self._processed(name, value) for name, value in values.items()}
+        return await connection.exec_driver_sql(self._sql, tuple(given[name] for name in self._names))
+
+    def _processed(self, name: str, value: Any) -> Any:
+        processor = self._processors.get(name)
+        return processor(value) if processor and value is not None else value
+
+
+class IngestStatements(NamedTuple):
+    """What writes a batch for one version of an organization's metrics; compiled once per version."""
+
+    insert: Compiled
+    distinct: Compiled | None
 
 
 class UnmatchedKey(NamedTuple):
@@ -55,7 +79,8 @@ def ingest_statements(metrics: Sequence[BillableMetric]) -> IngestStatements:
     if (adding := cells.adding(metrics, new)) is not None:
         statement = statement.add_cte(adding.cte("added"))
     accepted = sa.select(incoming_events).where(incoming_events.c.transaction_id == sa.any_(_ACCEPTED)).subquery("new")
-    return IngestStatements(statement, cells.adding_distinct(metrics, accepted))
+    distinct = cells.adding_distinct(metrics, accepted)
+    return IngestStatements(Compiled(statement), None if distinct is None else Compiled(distinct))
 
 
 async def insert_events(
@@ -69,10 +94,10 @@ async def insert_events(
     raw = await connection.get_raw_connection()
     driver: Any = raw.driver_connection
     await driver.copy_records_to_table(incoming_events.name, records=events, columns=INCOMING)
-    result = await connection.execute(statements.insert, {"organization": organization})
+    result = await statements.insert.execute(connection, organization=organization)
     accepted = set(result.scalars())
     if accepted and statements.distinct is not None:
-        await connection.execute(statements.distinct, {"organization": organization, "accepted": list(accepted)})
+        await statements.distinct.execute(connection, organization=organization, accepted=list(accepted))
     return accepted
 
 
@@ -139,19 +164,22 @@ async def time_span(connection: AsyncConnection, organization: str) -> tuple[dat
 
 async def list_unmatched_keys(
     connection: AsyncConnection, organization: str, *, after: str, limit: int
-) -> list[UnmatchedKey]:
-    """Return the keys after the one given that stored events name and no customer owns, in byte order.
+) -> tuple[list[UnmatchedKey], str | None]:
+    """Return keys after the one given that stored events name and no customer owns, in byte order.
 
-    Walks the index from one key to the next, so the cost grows with the number of keys and not of events.
+    Also returns the key after which to go on, None at the end. Walks the index from one key to the next, so the cost
+    grows with the number of keys and not of events; and a bounded number of them, so it may find few or none.
     """
     found: list[UnmatchedKey] = []
-    while len(found) < limit:
+    for _ in range(WALKS_MAX):
         walked = list((await connection.execute(_next_keys(organization, after))).scalars())
-        if not walked:
-            break
-        after = walked[-1]
         found += [UnmatchedKey(*row) for row in await connection.execute(_unmatched(organization, walked))]
-    return found[:limit]
+        if len(found) > limit:
+            return found[:limit], found[limit - 1].key
+        if len(walked) < KEYS_WALKED:
+            return found, None
+        after = walked[-1]
+    return found, after
 
 
 def _next_keys(organization: str, after: str) -> sa.Select[Any]:

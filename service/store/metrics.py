@@ -9,9 +9,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.metrics import Aggregation, BillableMetric, PropertyFilter
+from service.domain.metrics import METRICS_MAX, WEIGHT_MAX, Aggregation, BillableMetric, PropertyFilter
 from service.domain.windows import CELL, cell_floor
-from service.errors import AlreadyExists, NotFound, Reason
+from service.errors import AlreadyExists, NotFound, Reason, invalid
 from service.store import cells, events, organizations
 from service.store.tables import billable_metrics, usage_events
 
@@ -26,6 +26,13 @@ async def create_metric(connection: AsyncConnection, organization: str, metric: 
     created with other content or the key is taken.
     """
     await organizations.lock_exclusive(connection, organization)
+    others = [one for one in await all_metrics(connection, organization) if one.id != metric.id]
+    if len(others) >= METRICS_MAX or sum(one.weight for one in (*others, metric)) > WEIGHT_MAX:
+        message = (
+            f"would be one metric too many: an organization can have {METRICS_MAX}, archived ones included, "
+            "and fewer if they have many filters and group keys"
+        )
+        raise invalid("billable_metric", Reason.LIMIT_EXCEEDED, message)
     first, last = await events.time_span(connection, organization) or (None, None)
     statement = (
         insert(billable_metrics)

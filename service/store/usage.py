@@ -3,6 +3,7 @@
 What is asked of Postgres for that is in `usage_sql`.
 """
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ from service.store.usage_sql import Bounds, Pair
 
 # How many windows one statement may work out, empty ones included; bounds its time and memory.
 SLICE_MAX = 50_000
-# A window with groups can hold 200 values of 1,024 bytes, so few of them fill a page.
-GROUPED_SLICE_MAX = 64
+# A window with groups can hold 200 values of up to 16 KiB (a property may be an object), so very few fill a page.
+GROUPED_SLICE_MAX = 16
+# A page is cut when it took this long, so that no call holds a connection for as long as its query is large.
+PAGE_S = 2.0
 PAIRS_MAX = 1_000
 
 NOTHING = Measures(0, 0, None, None, None, None, None)
@@ -61,48 +64,52 @@ async def usage_page(
     Raises NotFound for unknown ids, FailedPrecondition for a named metric that is still counting its past, and
     InvalidArgument for an undeclared group key or too many windows.
     """
-    metrics = await _selected(connection, organization, query)
+    metrics = await _selected(connection, organization, query, first_page=begin is None)
     reader = _Reader(connection, organization, query, {one.metric.id: one for one in metrics})
     windows: list[UsageWindow] = []
     size = 0
     number = len(query.windows)
     position = begin
+    pairs: Sequence[Pair] = ()
+    clock = asyncio.get_running_loop().time
+    late = clock() + PAGE_S
     while True:
-        pairs = await reader.pairs(position)
+        pairs = pairs or await reader.pairs(position)
         if not pairs:
             return UsagePage(windows, None)
+        if position != begin and clock() > late:
+            return UsagePage(windows, position)
         first = position.window if position and pairs[0] == (position.customer_id, position.metric_id) else 0
-        pairs, count = reader.slice(pairs, first, limit - len(windows))
+        chunk, count = reader.slice(pairs, first, limit - len(windows))
         if query.omit_empty and count < number:
             # One pair, more windows than one statement takes: leap over those that are empty for certain.
-            used = await reader.next_used(pairs[0], query.windows.slice(first, 1)[0][0])
-            if used is None:
-                position = reader.after(pairs[0])
-                if position is None:
-                    return UsagePage(windows, None)
-                continue
-            first = query.windows.index_of(used)
+            used = await reader.next_used(chunk[0], query.windows.slice(first, 1)[0][0])
+            first = number if used is None else query.windows.index_of(used)
             count = min(count, number - first)
-        bounds = query.windows.slice(first, count)
-        for pair, index, window in await reader.windows(pairs, bounds, first):
-            position = Position(*pair, index)
+        for pair, index, window in await reader.windows(chunk, query.windows.slice(first, count), first):
             if len(windows) >= limit or (windows and size + window.size > PAGE_BYTES_MAX):
-                return UsagePage(windows, position)
+                return UsagePage(windows, Position(*pair, index))
             windows.append(window)
             size += window.size
-        following = first + count
-        last = pairs[-1]
-        # Whether anything follows is for the next round to find out: pairs without usage are passed over there.
-        position = Position(*last, following) if following < number else reader.after(last)
+        if first + count < number:
+            position = Position(*chunk[0], first + count)
+        else:
+            position = reader.after(chunk[-1])
+            pairs = pairs[len(chunk) :]
         if position is None:
             return UsagePage(windows, None)
         if len(windows) >= limit or size >= PAGE_BYTES_MAX:
-            more = following < number or await reader.pairs(position)
-            return UsagePage(windows, position if more else None)
+            # Pairs without usage are no reason for another page.
+            return UsagePage(windows, position if pairs or await reader.pairs(position) else None)
 
 
-async def _selected(connection: AsyncConnection, organization: str, query: UsageQuery) -> list[Selected]:
-    """Check what a query names and return its metrics, or all that "all" means."""
+async def _selected(
+    connection: AsyncConnection, organization: str, query: UsageQuery, *, first_page: bool
+) -> list[Selected]:
+    """Check what a query names and return its metrics, or all that "all" means.
+
+    What was small enough for a first page stays so: customers made since must not end a walk over its pages.
+    """
     if query.customers is not None:
         missing = await customer_store.missing_customers(connection, organization, query.customers)
         if missing:
@@ -116,9 +123,10 @@ async def _selected(connection: AsyncConnection, organization: str, query: Usage
         selected = [Selected(metric, one.group_by) for metric, one in zip(found, query.metrics, strict=True)]
     customers_number = len(query.customers or ())
     # Only a query over all customers needs them counted, and only if their number could matter.
-    if query.customers is None and not query.omit_empty:
+    if first_page and query.customers is None and not query.omit_empty:
         customers_number = await customer_store.count_customers(connection, organization)
-    check_window_count(query, customers_number, len(selected))
+    if first_page:
+        check_window_count(query, customers_number, len(selected))
     return selected
 
 
@@ -190,6 +198,8 @@ class _Reader:
 
     async def windows(self, pairs: Sequence[Pair], bounds: Bounds, first: int) -> list[tuple[Pair, int, UsageWindow]]:
         """Return the windows of these pairs within these bounds, in order; `first` is the index of the first bound."""
+        if not bounds:
+            return []
         measures = await self._measures(pairs, bounds)
         groups = await self._groups(pairs, bounds)
         found = []

@@ -72,7 +72,8 @@ class BillableMetricServiceServicer:
 
         Safe to retry when the caller chose `id`: the same id with the same content answers OK with the stored metric,
         with other content ALREADY_EXISTS (ID_IN_USE). Without an id every call creates a metric.
-        Fails with INVALID_ARGUMENT on a bad definition and ALREADY_EXISTS (METRIC_KEY_IN_USE) when `key` is taken.
+        Fails with INVALID_ARGUMENT on a bad definition or when the organization has 500 metrics, archived ones included
+        (fewer if they have many filters and group keys), and ALREADY_EXISTS (METRIC_KEY_IN_USE) when `key` is taken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

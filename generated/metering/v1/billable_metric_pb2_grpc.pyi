@@ -39,7 +39,8 @@ class BillableMetricServiceStub:
 
     Safe to retry when the caller chose `id`: the same id with the same content answers OK with the stored metric,
     with other content ALREADY_EXISTS (ID_IN_USE). Without an id every call creates a metric.
-    Fails with INVALID_ARGUMENT on a bad definition and ALREADY_EXISTS (METRIC_KEY_IN_USE) when `key` is taken.
+    Fails with INVALID_ARGUMENT on a bad definition or when the organization has 500 metrics, archived ones included
+    (fewer if they have many filters and group keys), and ALREADY_EXISTS (METRIC_KEY_IN_USE) when `key` is taken.
     """
     GetBillableMetric: _grpc.UnaryUnaryMultiCallable[_billable_metric_pb2.GetBillableMetricRequest, _billable_metric_pb2.GetBillableMetricResponse]
     """Returns one metric. Fails with NOT_FOUND. Read-only."""
@@ -66,7 +67,8 @@ class BillableMetricServiceAsyncStub(BillableMetricServiceStub):
 
     Safe to retry when the caller chose `id`: the same id with the same content answers OK with the stored metric,
     with other content ALREADY_EXISTS (ID_IN_USE). Without an id every call creates a metric.
-    Fails with INVALID_ARGUMENT on a bad definition and ALREADY_EXISTS (METRIC_KEY_IN_USE) when `key` is taken.
+    Fails with INVALID_ARGUMENT on a bad definition or when the organization has 500 metrics, archived ones included
+    (fewer if they have many filters and group keys), and ALREADY_EXISTS (METRIC_KEY_IN_USE) when `key` is taken.
     """
     GetBillableMetric: _aio.UnaryUnaryMultiCallable[_billable_metric_pb2.GetBillableMetricRequest, _billable_metric_pb2.GetBillableMetricResponse]  # type: ignore[assignment]
     """Returns one metric. Fails with NOT_FOUND. Read-only."""
@@ -96,7 +98,8 @@ class BillableMetricServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Safe to retry when the caller chose `id`: the same id with the same content answers OK with the stored metric,
         with other content ALREADY_EXISTS (ID_IN_USE). Without an id every call creates a metric.
-        Fails with INVALID_ARGUMENT on a bad definition and ALREADY_EXISTS (METRIC_KEY_IN_USE) when `key` is taken.
+        Fails with INVALID_ARGUMENT on a bad definition or when the organization has 500 metrics, archived ones included
+        (fewer if they have many filters and group keys), and ALREADY_EXISTS (METRIC_KEY_IN_USE) when `key` is taken.
         """
 
     @_abc_1.abstractmethod

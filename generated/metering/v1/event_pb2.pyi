@@ -190,7 +190,9 @@ class IngestEventsResponse(_message.Message):
 
     @_builtins.property
     def issues(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventIssue]:
-        """Reasons of every CONFLICT and REJECTED verdict, in the order of the request; an event can have several."""
+        """Reasons of CONFLICT and REJECTED verdicts, in the order of the request; an event can have up to 5. Cut at about
+        1 MiB: then the last such events have a verdict and no issue.
+        """
 
     def __init__(
         self,
@@ -282,7 +284,7 @@ class ListUnmatchedCustomerKeysResponse(_message.Message):
     """Token of the next page; empty on the last one."""
     @_builtins.property
     def unmatched_customer_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnmatchedCustomerKey]:
-        """The keys of this page, in byte order."""
+        """The keys of this page, in byte order. A short page, even an empty one, with a token is normal."""
 
     def __init__(
         self,
