@@ -36,7 +36,14 @@ ATTEMPTS_MAX = 10
 VERSION_MIN = 150000
 
 # What using a database can raise. SQLAlchemy wraps most of it, but not what happens while it connects, nor in COPY.
-DATABASE_ERRORS = (sa.exc.SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+DATABASE_ERRORS = (
+    sa.exc.SQLAlchemyError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection that died while it was being talked on
+    OSError,
+    TimeoutError,
+)
 
 _QUERY_CANCELED = "57014"
 _DEADLOCK_OR_SERIALIZATION = {"40001", "40P01"}
@@ -248,7 +255,15 @@ def _translated(error: BaseException) -> BaseException:
         message = "The work could not be done in time and was undone: allow more time, or ask for less at once."
         return DeadlineExceeded(Reason.DEADLINE_TOO_SHORT, message)
     gone = (
-        isinstance(error, OSError | TimeoutError | sa.exc.TimeoutError | sa.exc.InterfaceError | asyncpg.InterfaceError)
+        isinstance(
+            error,
+            OSError
+            | TimeoutError
+            | sa.exc.TimeoutError
+            | sa.exc.InterfaceError
+            | asyncpg.InterfaceError
+            | asyncpg.InternalClientError,
+        )
         or (isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated)
         or (state or "").startswith(_UNAVAILABLE_CLASSES)
         or state in _DEADLOCK_OR_SERIALIZATION

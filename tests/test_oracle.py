@@ -785,7 +785,8 @@ class Run:
             earlier = start - oracle.HOUR * (query.number // 2) if start.year > 10 else start
             return oracle.hours(earlier, query.number)
         day = self.first_day + timedelta(days=query.first.index % self.plan.scene.days - 1)
-        return oracle.days(self._zone(query), day, query.number)
+        # A date that the zone skipped is no window; with the next one there is one.
+        return oracle.days(self._zone(query), day, query.number) or oracle.days(self._zone(query), day, 2)
 
     def _keys(self) -> dict[str, frozenset[str]]:
         return {one: frozenset({one, *aliases}) for one, aliases in self.aliases.items()}
@@ -975,7 +976,8 @@ async def test_moving_an_alias_moves_its_history(servers: Servers, aggregation: 
             (f"Z{i}", ALIASES.index(key) if key in ALIASES else 9),
         )
     ]
-    await one.ingest(*(wire(event) for event in sent))
+    for part in (sent[::2], sent[1::2]):  # ties within one call, and with what an earlier one left
+        await one.ingest(*map(wire, part))
     for number in (0, 1):
         await one.create_customer(id=CUSTOMERS[number])
     owners = ((0, 0, 1, None), (1, 0, 0, 0), (1, 1, 1, 1), (None, None, None, None), (0, 0, 1, None))

@@ -1,6 +1,7 @@
 """Owns `metering demo`: the whole path in one command, on a database that is thrown away."""
 
 import asyncio
+import logging
 import math
 import os
 import random
@@ -22,7 +23,7 @@ from metering.v1 import (
     event_pb2,
     event_pb2_grpc,
 )
-from service.cli.operate import run
+from service.cli.operate import log_to_stderr, run
 from service.cli.usage import usage
 from service.config import Config
 from service.migrations import upgrade
@@ -50,6 +51,7 @@ def demo(listen: str, keep: bool | None) -> None:
     Everything happens in a temporary directory and is gone afterwards.
     """
     terminal = sys.stdout.isatty()
+    log_to_stderr(logging.WARNING)
     run(_demo(listen, terminal if keep is None else keep))
 
 

@@ -1,6 +1,7 @@
 """The operator's commands: run the server, prepare and check its database, make organizations and API keys."""
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -17,7 +18,7 @@ from service.auth import new_api_key
 from service.config import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Config
 from service.database import DATABASE_ERRORS, BadDatabaseUrl, Database, UnsafeDatabase
 from service.domain.events import TimeLimits
-from service.errors import MeteringError
+from service.errors import MeteringError, Unavailable
 from service.migrations import upgrade
 from service.postgres import PostgresError, running_url
 from service.server import CannotServe, open_database
@@ -128,6 +129,7 @@ def serve(
     def ready(addresses: list[str]) -> None:
         click.echo(f"metering is ready on {' '.join(addresses)}")
 
+    log_to_stderr(logging.INFO)
     run(run_server(config, ready))
 
 
@@ -287,6 +289,7 @@ def _with_database(
     # Beside a running server the embedded Postgres is up already, and has one owner: use that one.
     database_url = database_url or running_url(data_dir)
     config = replace(Config(), database_url=database_url, data_dir=data_dir, pg_bin=pg_bin)
+    log_to_stderr(logging.CRITICAL)  # what went wrong is said once, at the end
 
     async def connected() -> Result:
         async with open_database(config) as (database, _):
@@ -300,18 +303,24 @@ def _with_database(
 def run(work: Awaitable[Result]) -> Result:
     """Run an operator's work; what an operator can mend is told in one line."""
 
-    _log_to_stderr()
-
     async def main() -> Result:
         return await work
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(main())
+    except Unavailable as error:
+        # The words for callers hide the cause, which is just what an operator needs.
+        raise click.ClickException(f"The database cannot be used: {_cause(error)}") from error
     except (CannotServe, PostgresError, BadDatabaseUrl, UnsafeDatabase, MeteringError) as error:
         raise click.ClickException(str(error)) from error
     except DATABASE_ERRORS as error:
-        raise click.ClickException(f"The database cannot be used: {getattr(error, 'orig', error)}") from error
+        raise click.ClickException(f"The database cannot be used: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    cause = error.__cause__ if isinstance(error, Unavailable) and error.__cause__ else error
+    return getattr(cause, "orig", None) or cause
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -322,10 +331,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr(level: int) -> None:
+    """Send log lines of this level and above to stderr, which is not what commands print for programs to read."""
     # gRPC's C core logs by itself; errors are enough, as calls report their own.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,

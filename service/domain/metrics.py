@@ -15,7 +15,7 @@ VALUES_MAX = 1_000
 FILTERS_MAX = 32
 GROUP_KEYS_MAX = 10
 GROUP_KEY_PROPERTIES_MAX = 10
-DEFINITION_BYTES_MAX = 64 * 1024
+DEFINITION_BYTES_MAX = 128 * 1024
 # Every metric of an organization, archived ones too, is part of the one statement that counts its events. Postgres
 # takes 32,767 values in a statement, and every metric costs each batch time.
 METRICS_MAX = 500

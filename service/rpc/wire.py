@@ -28,6 +28,8 @@ R = TypeVar("R")
 _SLICE_S = 0.01
 # Characters of an issue's field path; properties may be nested deeply.
 _FIELD_MAX = 256
+# Clients take answers of 4 MiB unless told otherwise; an issue of each of 10,000 events fits.
+_ISSUES_BYTES_MAX = 3 * 1024 * 1024
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
@@ -244,7 +246,7 @@ def ingest_response(outcomes: Sequence[events.Outcome]) -> event_pb2.IngestEvent
     """Write the outcomes of a batch: every verdict, and as many issues as fit beside them."""
     response = event_pb2.IngestEventsResponse()
     response.verdicts.extend([_VERDICTS[outcome.verdict] for outcome in outcomes])
-    left = usage.PAGE_BYTES_MAX
+    left = _ISSUES_BYTES_MAX
     for i, outcome in enumerate(outcomes):
         for violation in outcome.violations:
             issue = event_pb2.EventIssue(

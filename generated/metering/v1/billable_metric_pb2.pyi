@@ -69,7 +69,7 @@ Global___AggregationType: _TypeAlias = AggregationType  # noqa: Y015
 
 @_typing.final
 class BillableMetric(_message.Message):
-    """How events become a number. At most 64 KiB in all."""
+    """How events become a number. At most 128 KiB in all as JSON."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -191,7 +191,7 @@ class IngestEventsResponse(_message.Message):
     @_builtins.property
     def issues(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventIssue]:
         """Reasons of CONFLICT and REJECTED verdicts, in the order of the request; an event can have up to 5. Cut at about
-        1 MiB: then the last such events have a verdict and no issue.
+        3 MiB: then the last such events have a verdict and no issue.
         """
 
     def __init__(
