@@ -351,7 +351,10 @@ def test_a_postgres_started_by_hand_is_not_shot(data_dir: Path, monkeypatch: pyt
     monkeypatch.setattr(postgres, "_ORPHAN_GRACE", 0.0)
     identity = postgres._Identity("drop") if ROOT else postgres._Identity("keep")
     options = ["-c", "listen_addresses=", "-c", f'unix_socket_directories="{cluster(data_dir)}"']
-    command = identity.command(data_dir, find_binaries() / "postgres", "-D", cluster(data_dir), *options)
+    with made(data_dir) as pg:
+        # Where its user can reach it: the installed one may lie in a directory that is closed to others.
+        program = os.readlink(f"/proc/{pg.pid}/exe")
+    command = identity.command(data_dir, program, "-D", cluster(data_dir), *options)
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
             until(lambda: process.pid in residents(data_dir))

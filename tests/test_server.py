@@ -652,7 +652,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
         found.config, found.loop = config, type(asyncio.get_running_loop())
 
     monkeypatch.setattr(operate, "run_server", run_server)
-    monkeypatch.setattr(operate, "_log_to_stderr", lambda: None)
+    monkeypatch.setattr(operate, "log_to_stderr", lambda _level: None)
     for name in os.environ:
         if name.startswith("METERING_"):
             monkeypatch.delenv(name)
