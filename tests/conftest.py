@@ -205,7 +205,7 @@ def start_server(*arguments: str, **environment: str) -> Process:
         cwd=Path(__file__).parent.parent,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([".", "generated"]),
+            "PYTHONPATH": os.pathsep.join([".", "generated", os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             "METERING_ALLOW_UNSAFE_DATABASE": "1",
             **environment,
         },

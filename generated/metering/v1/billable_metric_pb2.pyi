@@ -202,7 +202,8 @@ Global___EventTypeFilter: _TypeAlias = EventTypeFilter  # noqa: Y015
 @_typing.final
 class PropertyFilter(_message.Message):
     """A condition on one property. Values are compared by their canonical string: the number `60` equals `"60"`; JSON
-    null counts as absent; lists and objects compare as their JSON text.
+    null counts as absent; lists and objects compare as their JSON text in the form of Postgres' jsonb (`[1, 2.5]`; shorter
+    names of an object first).
     """
 
     DESCRIPTOR: _descriptor.Descriptor

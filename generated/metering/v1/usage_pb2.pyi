@@ -269,7 +269,9 @@ class UsageWindow(_message.Message):
 
     @_builtins.property
     def groups(self) -> _containers.MessageMap[_builtins.str, Global___GroupValue]:
-        """With `group_by`: the aggregate per value of the property. Events that lack the property have no entry."""
+        """With `group_by`: the aggregate per value of the property. Events that lack the property have no entry; a value of
+        which every event was skipped has one without a value.
+        """
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
