@@ -102,15 +102,13 @@ class Database:
         self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
         self._running: set[asyncio.Task[Any]] = set()
 
-    async def write(self, work: Callable[[AsyncConnection], Awaitable[Result]], *, retry: bool = True) -> Result:
+    async def write(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
         """Run `work` in one READ COMMITTED transaction and return its result after the commit.
 
         Deadlocks and serialization failures run the whole of `work` again. Raises Unavailable when the database does
         not answer (the outcome is then unknown), and whatever `work` raises, after a rollback.
         """
-        return await self._shielded(
-            self._writes, lambda: self._attempts(work, ATTEMPTS_MAX if retry else 1, TRANSACTION_TIMEOUT_S)
-        )
+        return await self._shielded(self._writes, lambda: self._attempts(work, TRANSACTION_TIMEOUT_S))
 
     async def read(
         self, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
@@ -133,7 +131,7 @@ class Database:
 
         if snapshot:
             return await self._snapshot(unlimited, None, BACKGROUND_TIMEOUT_S)
-        return await self._attempts(unlimited, ATTEMPTS_MAX, BACKGROUND_TIMEOUT_S)
+        return await self._attempts(unlimited, BACKGROUND_TIMEOUT_S)
 
     async def ping(self) -> bool:
         """Say whether the database answers now."""
@@ -197,16 +195,14 @@ class Database:
         if not task.cancelled():
             task.exception()  # a caller that left does not fetch it; asyncio must not complain about that
 
-    async def _attempts(
-        self, work: Callable[[AsyncConnection], Awaitable[Result]], attempts: int, limit_s: float
-    ) -> Result:
-        for attempt in range(1, attempts + 1):
+    async def _attempts(self, work: Callable[[AsyncConnection], Awaitable[Result]], limit_s: float) -> Result:
+        for attempt in range(1, ATTEMPTS_MAX + 1):
             try:
                 async with asyncio.timeout(limit_s), self._connected() as connection, connection.begin():
                     return await work(connection)
             except DATABASE_ERRORS as error:
                 state = sqlstate(error)
-                if state in _DEADLOCK_OR_SERIALIZATION and attempt < attempts:
+                if state in _DEADLOCK_OR_SERIALIZATION and attempt < ATTEMPTS_MAX:
                     await asyncio.sleep(random.uniform(0, 0.005 * 2**attempt))  # noqa: S311 - jitter, not a secret
                     continue
                 if (told := _translated(error)) is error:
