@@ -58,10 +58,11 @@ def residents(data_dir: Path) -> dict[int, bool]:
     return postgres._residents(cluster(data_dir))
 
 
-def ready(data_dir: Path) -> bool:
-    """Whether the postmaster in the cluster says that it takes connections."""
+def ready(pg: EmbeddedPostgres, data_dir: Path) -> bool:
+    """Whether the postmaster that runs now says that it takes connections: a killed one leaves its "ready" behind."""
     with contextlib.suppress(FileNotFoundError):
-        return "ready" in (cluster(data_dir) / "postmaster.pid").read_text()
+        lines = (cluster(data_dir) / "postmaster.pid").read_text().split()
+        return "ready" in lines and lines[0] == str(pg.pid)
     return False
 
 
@@ -228,7 +229,7 @@ async def test_a_killed_postmaster_comes_back_with_its_data(data_dir: Path) -> N
         url, pid = pg.url, pg.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        until(lambda: pg.pid not in (None, pid) and ready(data_dir))
+        until(lambda: pg.pid not in (None, pid) and ready(pg, data_dir))
         assert pg.url == url
         assert await query(pg, "SELECT number FROM kept") == 42
         pg.check()
@@ -254,7 +255,7 @@ async def test_orphans_of_a_killed_postmaster_do_not_block_its_return(
         with pytest.raises((asyncpg.PostgresError, OSError)):
             await task
         busy.terminate()
-        until(lambda: ready(data_dir))
+        until(lambda: ready(pg, data_dir))
         assert await query(pg, "SELECT 1") == 1
 
 
