@@ -17,7 +17,8 @@ class Config:
     """Settings of one server process.
 
     `listen` holds `host:port` or `unix:/path` addresses (port 0 = any free one). Without `database_url` an embedded
-    Postgres runs in `data_dir`. `drain` is how long calls in flight may go on after SIGTERM.
+    Postgres runs in `data_dir`. `drain` is how long calls in flight may go on after SIGTERM, `stream_stall` how long a
+    client may leave a message of a stream untaken.
     """
 
     listen: tuple[str, ...] = (DEFAULT_ADDRESS,)
@@ -27,6 +28,7 @@ class Config:
     migrate: bool = False
     allow_unsafe_database: bool = False
     drain: timedelta = timedelta(seconds=20)
+    stream_stall: timedelta = timedelta(seconds=60)
     time_limits: TimeLimits = field(default_factory=TimeLimits)
     # Requests in flight may hold this many bytes before new ones are refused with RESOURCE_EXHAUSTED.
     request_bytes_max: int = 64 * 1024 * 1024

@@ -7,7 +7,8 @@ MeteringError
 ├── FailedPrecondition   right request, wrong state; may pass later
 ├── Unauthenticated      no or no valid credential
 ├── ResourceExhausted    too much in flight; nothing was done
-├── Unavailable          the database does not answer; for writes the outcome is unknown
+├── Unavailable          the database does not answer, or the server shuts down; of writes the outcome is unknown
+├── Aborted              a stream was ended by the server; it can be gone on with
 └── DeadlineExceeded     the time for the work ran out; nothing was done
 
 Only the interceptor that answers calls knows how these become gRPC statuses.
@@ -48,11 +49,14 @@ class Reason(enum.StrEnum):
     BUYER_ID_IN_USE = enum.auto()
     METRIC_KEY_IN_USE = enum.auto()
     METRIC_BACKFILLING = enum.auto()
+    NO_BILLING_PERIOD = enum.auto()
     CREDENTIAL_MISSING = enum.auto()
     CREDENTIAL_INVALID = enum.auto()
     OVERLOADED = enum.auto()
     DATABASE_UNAVAILABLE = enum.auto()
     DEADLINE_TOO_SHORT = enum.auto()
+    SERVER_DRAINING = enum.auto()
+    STREAM_STALLED = enum.auto()
     INTERNAL = enum.auto()
 
 
@@ -120,7 +124,11 @@ class ResourceExhausted(MeteringError):
 
 
 class Unavailable(MeteringError):
-    """The database does not answer."""
+    """The database does not answer, or the server is shutting down."""
+
+
+class Aborted(MeteringError):
+    """The server ended a stream that can be gone on with."""
 
 
 class DeadlineExceeded(MeteringError):

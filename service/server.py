@@ -35,8 +35,9 @@ from service.postgres import EmbeddedPostgres
 from service.rpc.billable_metrics import BillableMetricService
 from service.rpc.customers import CustomerService
 from service.rpc.events import EventService
-from service.rpc.interceptor import Interceptor
+from service.rpc.interceptor import Interceptor, RequestBytes
 from service.rpc.pages import PageTokens
+from service.rpc.streams import Streams
 from service.rpc.usage import UsageService
 
 log = structlog.get_logger("metering.server")
@@ -88,13 +89,15 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
         raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
     if await auth.is_open():
         _require_local(config.listen)
-    server = grpc.aio.server(interceptors=[Interceptor(auth, config.request_bytes_max)], options=list(_OPTIONS))
-    event_pb2_grpc.add_EventServiceServicer_to_server(EventService(database, tokens, ingest), server)
+    streams, request_bytes = Streams(config.stream_stall), RequestBytes(config.request_bytes_max)
+    server = grpc.aio.server(interceptors=[Interceptor(auth, request_bytes, streams)], options=list(_OPTIONS))
+    events = EventService(database, tokens, ingest, streams, request_bytes)
+    event_pb2_grpc.add_EventServiceServicer_to_server(events, server)
     billable_metric_pb2_grpc.add_BillableMetricServiceServicer_to_server(
         BillableMetricService(database, tokens, backfill.wake), server
     )
     customer_pb2_grpc.add_CustomerServiceServicer_to_server(CustomerService(database, tokens), server)
-    usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(database, tokens), server)
+    usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(database, tokens, streams), server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -109,6 +112,7 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
             for task in tasks:
                 task.cancel()
             await health_servicer.enter_graceful_shutdown()
+            streams.draining.set()
             await server.stop(config.drain.total_seconds())
             await asyncio.gather(*tasks, return_exceptions=True)
             await ingest.close()

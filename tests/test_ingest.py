@@ -31,7 +31,7 @@ from service.domain.events import TimeLimits
 from service.ingest import Ingest
 from service.migrations import upgrade
 from service.postgres import EmbeddedPostgres
-from service.rpc import wire
+from service.rpc.wire import events as wire
 from service.server import SERVICES, serving
 from service.store import events as event_store
 from service.store import organizations

@@ -1,10 +1,11 @@
 """Owns what a customer and its billing period are, and which are valid."""
 
+import calendar
 import enum
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 
 from service.domain import checks
 from service.domain.metrics import content_digest
@@ -25,6 +26,9 @@ class BillingFrequency(enum.Enum):
     WEEKLY = "WEEKLY"
 
 
+_MONTHS = {BillingFrequency.MONTHLY: 1, BillingFrequency.QUARTERLY: 3, BillingFrequency.ANNUAL: 12}
+
+
 @dataclass(frozen=True, slots=True)
 class BillingPeriod:
     """How a customer's time is cut into periods: whole steps from `anchor_date`, from `starting_on` on, until
@@ -35,6 +39,26 @@ class BillingPeriod:
     anchor_date: date
     starting_on: date
     ending_before: date | None = None
+
+    def holding(self, day: date) -> tuple[date, date] | None:
+        """Return the first day of the period that holds a day, and the day after its last; None if there is none.
+
+        A month that lacks the anchor's day begins its period on its last day. The first and the last period are cut by
+        `starting_on` and `ending_before`.
+        """
+        if day < self.starting_on or (self.ending_before is not None and day >= self.ending_before):
+            return None
+        if self.frequency is BillingFrequency.WEEKLY:
+            start = day - timedelta(days=(day - self.anchor_date).days % 7)
+            end = start + timedelta(days=7)
+        else:
+            months = _MONTHS[self.frequency]
+            steps = ((day.year - self.anchor_date.year) * 12 + day.month - self.anchor_date.month) // months
+            if _months_after(self.anchor_date, steps * months) > day:
+                steps -= 1
+            start = _months_after(self.anchor_date, steps * months)
+            end = _months_after(self.anchor_date, (steps + 1) * months)
+        return max(start, self.starting_on), end if self.ending_before is None else min(end, self.ending_before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +115,8 @@ def alias_violations(path: str, aliases: Sequence[str]) -> list[Violation]:
             faults.append(Violation(f"{path}[{i}]", Reason.DUPLICATE_ITEM, f"{alias!r} stands twice"))
         seen.add(alias)
     return faults
+
+
+def _months_after(day: date, months: int) -> date:
+    year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
+    return date(year, month + 1, min(day.day, calendar.monthrange(year, month + 1)[1]))

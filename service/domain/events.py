@@ -1,6 +1,8 @@
 """Owns what an event is once checked, its content digest, and the verdicts an event can get."""
 
 import enum
+import uuid
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from typing import NamedTuple
@@ -10,6 +12,8 @@ from service.domain.windows import EARLIEST, LATEST
 from service.errors import Reason, Violation
 
 EVENTS_MAX = 10_000
+# Transaction ids that one search may name.
+IDS_MAX = 1_000
 PROPERTIES_MAX = 64
 PROPERTIES_BYTES_MAX = 16 * 1024
 # An event is told this many of its faults.
@@ -51,6 +55,52 @@ class Outcome(NamedTuple):
 
     verdict: Verdict
     violations: tuple[Violation, ...] = ()
+
+
+class EventQuery(NamedTuple):
+    """What SearchEvents asks: transaction ids, or any of the other criteria. Empty or None = any.
+
+    `customer` is a customer's id (then events under all its keys are meant), or a key as sent.
+    """
+
+    transaction_ids: tuple[str, ...] = ()
+    customer: str = ""
+    event_type: str = ""
+    start: datetime | None = None
+    end: datetime | None = None
+
+
+class MetricOutcome(enum.Enum):
+    """How a metric takes an event; see the proto enum of the same name."""
+
+    COUNTED = 1
+    SKIPPED = 2
+    NOT_MATCHED = 3
+    PENDING = 4
+
+
+class Explanation(NamedTuple):
+    """What one metric made of one event; `rule` is the field of the metric that decided, `message` why."""
+
+    metric_id: uuid.UUID
+    metric_name: str
+    outcome: MetricOutcome
+    rule: str = ""
+    message: str = ""
+
+
+class StoredEvent(NamedTuple):
+    """An event as stored, the id of the customer that owns its key now, and what each metric made of it."""
+
+    transaction_id: str
+    customer_key: str
+    event_type: str
+    timestamp: datetime
+    properties: Mapping[str, object]
+    ingested_at: datetime
+    voided_at: datetime | None
+    customer_id: uuid.UUID | None
+    explanations: Sequence[Explanation] = ()
 
 
 class TimeLimits(NamedTuple):

@@ -1,4 +1,4 @@
-"""Owns page tokens: what they carry, how they are signed, and when one is refused."""
+"""Owns page and resume tokens: what they carry, how they are signed, and when one is refused."""
 
 import base64
 import binascii
@@ -13,7 +13,8 @@ from service.errors import InvalidArgument, Reason, Violation, invalid
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1_000
 _SIGNATURE_BYTES = 16
-_TOKEN_CHARACTERS_MAX = 4096
+# A token may have to name the last group of a page, whose values can be 16 KiB of JSON within JSON.
+_TOKEN_CHARACTERS_MAX = 64 * 1024
 
 
 def fingerprint(query: bytes) -> str:
@@ -23,29 +24,30 @@ def fingerprint(query: bytes) -> str:
 
 def encode(key_id: int, secret: bytes, scope: str, state: Mapping[str, Any]) -> str:
     """Make a token of a JSON-ready state. `scope` names the organization, the method and the query it belongs to."""
-    body = key_id.to_bytes(4, "big") + json.dumps(state, separators=(",", ":")).encode()
+    body = key_id.to_bytes(4, "big") + json.dumps(state, separators=(",", ":"), ensure_ascii=False).encode()
     return base64.urlsafe_b64encode(body + _signature(secret, scope, body)).rstrip(b"=").decode()
 
 
-def key_id(token: str) -> int:
+def key_id(field: str, token: str) -> int:
     """Return the id of the secret that a token says it was signed with; raises InvalidArgument on garbage."""
-    return int.from_bytes(_raw(token)[:4], "big")
+    return int.from_bytes(_raw(field, token)[:4], "big")
 
 
-def decode(token: str, secret: bytes, scope: str) -> dict[str, Any]:
+def decode(field: str, token: str, secret: bytes, scope: str) -> dict[str, Any]:
     """Return the state of a token made by `encode` with the same secret and scope; raises InvalidArgument else."""
-    raw = _raw(token)
+    raw = _raw(field, token)
     body, signature = raw[:-_SIGNATURE_BYTES], raw[-_SIGNATURE_BYTES:]
     if not hmac.compare_digest(signature, _signature(secret, scope, body)):
-        raise refused()
+        raise refused(field)
     state: dict[str, Any] = json.loads(body[4:])
     return state
 
 
-def refused() -> InvalidArgument:
+def refused(field: str) -> InvalidArgument:
     """Build the error for a token that is not ours; the same whatever is wrong with it."""
-    message = "is not a token of this query; take next_page_token of the page before as it is, with the same request"
-    return InvalidArgument([Violation("page_token", Reason.PAGE_TOKEN_INVALID, message)])
+    source = "next_page_token of the page" if field == "page_token" else "resume_token of the message"
+    message = f"is not a token of this query; take {source} before as it is, with the same request"
+    return InvalidArgument([Violation(field, Reason.PAGE_TOKEN_INVALID, message)])
 
 
 def page_size(requested: int, default: int = PAGE_SIZE_DEFAULT, most: int = PAGE_SIZE_MAX) -> int:
@@ -55,16 +57,16 @@ def page_size(requested: int, default: int = PAGE_SIZE_DEFAULT, most: int = PAGE
     return min(requested or default, most)
 
 
-def _raw(token: str) -> bytes:
+def _raw(field: str, token: str) -> bytes:
     if len(token) > _TOKEN_CHARACTERS_MAX:
-        raise refused()
+        raise refused(field)
     try:
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
-        raise refused() from None
+        raise refused(field) from None
     # One encoding per token: the spare bits of the last character must not say anything.
     if len(raw) <= 4 + _SIGNATURE_BYTES or base64.urlsafe_b64encode(raw).rstrip(b"=").decode() != token:
-        raise refused()
+        raise refused(field)
     return raw
 
 

@@ -1,16 +1,18 @@
 """Owns what is asked and answered about usage: the query, a window's value from its measures, and the limits."""
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import NamedTuple
 
 from service.domain import quantities
+from service.domain.customers import Customer
 from service.domain.metrics import Aggregation, BillableMetric
-from service.domain.windows import Windows
-from service.errors import Reason, invalid
+from service.domain.windows import Windows, WindowSize, first_instant, local_date
+from service.errors import FailedPrecondition, Reason, invalid
 
 WINDOWS_MAX = 10_000_000
 IDS_MAX = 1_000
@@ -19,6 +21,9 @@ PAGE_SIZE_DEFAULT = 1_000
 PAGE_SIZE_MAX = 10_000
 # A page is cut when its windows reach about this size on the wire.
 PAGE_BYTES_MAX = 1024 * 1024
+# Of the values named in the filters of a grouped query; each combination of them can be a row of every window.
+FILTER_VALUES_MAX = 200
+COMBINATIONS_MAX = 10_000
 
 
 class GroupBy(NamedTuple):
@@ -37,12 +42,28 @@ class MetricSelector(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """What ListUsage asks. None = all (of the kind that "all" means); given ids are in the request's order."""
+    """What ListUsage asks. None = all (of the kind that "all" means); given ids are in the request's order.
+
+    With `updated_since` only windows whose stored usage changed from then on are wanted.
+    """
 
     windows: Windows
     customers: tuple[uuid.UUID, ...] | None = None
     metrics: tuple[MetricSelector, ...] | None = None
     omit_empty: bool = False
+    updated_since: datetime | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether windows without usage are left out."""
+        return self.omit_empty or self.updated_since is not None
+
+    def after(self, window: "UsageWindow") -> "Position | None":
+        """Return the position after a window; None after the last possible one."""
+        index = self.windows.index_of(window.start) + 1
+        if index < len(self.windows):
+            return Position(window.customer_id, window.metric.id, index)
+        return Position.after_pair(window.customer_id, window.metric.id)
 
 
 class Position(NamedTuple):
@@ -51,6 +72,59 @@ class Position(NamedTuple):
     customer_id: uuid.UUID
     metric_id: uuid.UUID
     window: int
+
+    @classmethod
+    def after_pair(cls, customer_id: uuid.UUID, metric_id: uuid.UUID) -> "Position | None":
+        """Return the position after every window of a pair; None after the last possible one."""
+        if metric_id.int + 1 < 1 << 128:
+            return cls(customer_id, uuid.UUID(int=metric_id.int + 1), 0)
+        if customer_id.int + 1 < 1 << 128:
+            return cls(uuid.UUID(int=customer_id.int + 1), uuid.UUID(int=0), 0)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedQuery:
+    """What ListUsageWithGroups asks. `windows` None = those of the billing period that holds the present.
+
+    `filters` holds the values wanted of some of the properties in `group_key`, each sorted by bytes.
+    """
+
+    customer_id: uuid.UUID
+    metric_id: uuid.UUID
+    size: WindowSize
+    time_zone: str | None
+    windows: Windows | None
+    group_key: tuple[str, ...] = ()
+    filters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    omit_empty: bool = False
+    updated_since: datetime | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether rows without usage are left out."""
+        return self.omit_empty or self.updated_since is not None
+
+    @property
+    def row_bytes(self) -> int:
+        """Roughly how many bytes a row takes on the wire beside the values of its group."""
+        return 64 + sum(8 + len(name.encode()) for name in self.group_key)
+
+    @property
+    def combinations(self) -> int:
+        """How many combinations of values the filters name; 1 without filters."""
+        return math.prod(len(values) for values in self.filters.values())
+
+
+Group = tuple[str | None, ...]
+"""Values of the properties of a group key, in its order; None = the events lack the property."""
+
+
+class GroupedPosition(NamedTuple):
+    """Where a page of grouped rows begins: after a group of a window, or with the window's first (`group` None)."""
+
+    window: int
+    group: Group | None = None
 
 
 class Measures(NamedTuple):
@@ -91,6 +165,32 @@ class UsageWindow:
         return size
 
 
+@dataclass(frozen=True, slots=True)
+class GroupedWindow:
+    """The usage of one group in `[start, end)`; `group` is in the order of the query's group key.
+
+    Of a row without usage only the values named in the query's filters are set.
+    """
+
+    start: datetime
+    end: datetime
+    group: Group
+    value: str | None = None
+    skipped: int = 0
+    updated_at: datetime | None = None
+
+
+class GroupedPage(NamedTuple):
+    """Rows in the order of (start, group), the windows they were cut from, and where the next page begins.
+
+    `following` None = the end.
+    """
+
+    rows: Sequence[GroupedWindow]
+    windows: Windows
+    following: GroupedPosition | None
+
+
 class UsagePage(NamedTuple):
     """Windows in the order of (customer id, metric id, start), and where the next page begins; None = the end."""
 
@@ -129,10 +229,48 @@ def check_groups(selectors: Sequence[MetricSelector], metrics: Sequence[Billable
             raise invalid(f"billable_metrics[{i}].group_by.key", Reason.GROUP_KEY_NOT_DECLARED, message)
 
 
+def check_group_key(query: GroupedQuery, metric: BillableMetric) -> None:
+    """Check that the group key is one that the metric declares, in any order; raises InvalidArgument."""
+    if query.group_key and frozenset(query.group_key) not in {frozenset(key) for key in metric.group_keys}:
+        declared = "; ".join(sorted(", ".join(key) for key in metric.group_keys))
+        known = f"it declares {declared}" if declared else "it declares none"
+        message = f"{', '.join(query.group_key)!r} is not a group key of the metric; {known}"
+        raise invalid("group_key", Reason.GROUP_KEY_NOT_DECLARED, message)
+
+
+def current_windows(query: GroupedQuery, customer: Customer, now: datetime) -> Windows:
+    """Return the windows of the customer's billing period that holds `now`.
+
+    Its dates are midnights of the query's time zone. Raises FailedPrecondition if there is no such period.
+    """
+    zone = query.time_zone or "UTC"
+    period = customer.billing_period.holding(local_date(now, zone)) if customer.billing_period else None
+    if period is None:
+        what = "no billing period" if customer.billing_period is None else "no billing period that holds the present"
+        raise FailedPrecondition(
+            Reason.NO_BILLING_PERIOD,
+            f"Customer {customer.id} has {what}: give starting_on and ending_before, or set one (SetBillingPeriod).",
+            metadata={"id": str(customer.id)},
+        )
+    start, end = (first_instant(day, zone) for day in period)
+    return Windows.of(query.size, start, end, query.time_zone)
+
+
+def check_row_count(query: GroupedQuery, windows: Windows) -> None:
+    """Refuse a grouped query that must give more than 10 million rows unless it omits empty ones."""
+    number = len(windows) * query.combinations
+    if number > WINDOWS_MAX and not query.sparse:
+        message = (
+            f"{len(windows):,} windows of {query.combinations:,} combinations of values are {number:,} rows; at most "
+            f"{WINDOWS_MAX:,} are allowed: narrow the range or the filters, or set omit_empty_windows"
+        )
+        raise invalid("window_size", Reason.WINDOW_COUNT, message)
+
+
 def check_window_count(query: UsageQuery, customers: int, metrics: int) -> None:
     """Refuse a query that could give more than 10 million windows unless it omits empty ones."""
     number = len(query.windows) * customers * metrics
-    if number > WINDOWS_MAX and not query.omit_empty:
+    if number > WINDOWS_MAX and not query.sparse:
         message = (
             f"{len(query.windows):,} windows for {customers:,} customers and {metrics:,} metrics are {number:,}; "
             f"at most {WINDOWS_MAX:,} are allowed: narrow the range or the ids, or set omit_empty_windows"

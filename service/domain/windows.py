@@ -110,6 +110,18 @@ def local_date(instant: datetime, time_zone: str = "UTC") -> date:
     return date.fromordinal(_zone(time_zone).day_of(_utc(instant)))
 
 
+def zone_fault(size: WindowSize, time_zone: str | None) -> WindowFault | None:
+    """Say what is wrong with the time zone of a request; None if nothing is."""
+    if size is WindowSize.HOUR and time_zone is not None:
+        message = "time_zone must be unset with HOUR windows, which are hours of UTC."
+        return WindowFault("time_zone", FaultKind.ZONE, message)
+    try:
+        _zone("UTC" if time_zone is None else time_zone)
+    except WindowFault as fault:
+        return fault
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Windows:
     """The windows of one request, numbered from 0. Build it with `of`, which validates; the constructor does not."""
@@ -136,16 +148,9 @@ class Windows:
         start, end = _utc(start), _utc(end)
         name = "UTC" if time_zone is None else time_zone
         unit = "an hour of UTC" if size is WindowSize.HOUR else f"a day in {name}"
-        faults: list[WindowFault] = []
-        zone: _Zone | None = None
-        if size is WindowSize.HOUR and time_zone is not None:
-            message = "time_zone must be unset with HOUR windows, which are hours of UTC."
-            faults.append(WindowFault("time_zone", FaultKind.ZONE, message))
-        else:
-            try:
-                zone = _zone(name)
-            except WindowFault as fault:
-                faults.append(fault)
+        fault = zone_fault(size, time_zone)
+        faults = [fault] if fault else []
+        zone = None if fault else _zone(name)
         bounds: tuple[tuple[FaultField, datetime], ...] = (("starting_on", start), ("ending_before", end))
         for which, bound in bounds:
             if not EARLIEST <= bound <= LATEST:

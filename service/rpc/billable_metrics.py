@@ -7,9 +7,10 @@ from metering.v1 import billable_metric_pb2 as pb
 from metering.v1 import billable_metric_pb2_grpc
 from service.database import Database
 from service.domain import pages
-from service.rpc import wire
 from service.rpc.interceptor import Context, organization
 from service.rpc.pages import PageTokens, fitting
+from service.rpc.wire import billable_metrics as wire
+from service.rpc.wire import one_id
 from service.store import metrics as store
 
 
@@ -36,7 +37,7 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
         self, request: pb.GetBillableMetricRequest, context: Context
     ) -> pb.GetBillableMetricResponse:
         """See billable_metric.proto."""
-        metric_id, org = wire.one_id("id", request.id), organization()
+        metric_id, org = one_id("id", request.id), organization()
         found = await self._database.read(
             lambda c: store.get_metric(c, org, metric_id), timeout_s=context.time_remaining()
         )
@@ -47,7 +48,7 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
     ) -> pb.ListBillableMetricsResponse:
         """See billable_metric.proto."""
         limit, org = pages.page_size(request.page_size), organization()
-        state = await self._tokens.decode("ListBillableMetrics", request, request.page_token)
+        state = await self._tokens.decode("ListBillableMetrics", request)
         rows = await self._database.read(
             lambda c: store.list_metrics(
                 c,
@@ -69,7 +70,7 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
         self, request: pb.UpdateBillableMetricRequest, context: Context
     ) -> pb.UpdateBillableMetricResponse:
         """See billable_metric.proto."""
-        metric_id, org = wire.one_id("billable_metric.id", request.billable_metric.id), organization()
+        metric_id, org = one_id("billable_metric.id", request.billable_metric.id), organization()
         name = wire.new_metric_name(request)
         stored = await self._database.write(lambda c: store.rename_metric(c, org, metric_id, name))
         return pb.UpdateBillableMetricResponse(billable_metric=wire.metric(stored))
@@ -78,6 +79,6 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
         self, request: pb.ArchiveBillableMetricRequest, context: Context
     ) -> pb.ArchiveBillableMetricResponse:
         """See billable_metric.proto."""
-        metric_id, org = wire.one_id("id", request.id), organization()
+        metric_id, org = one_id("id", request.id), organization()
         stored = await self._database.write(lambda c: store.archive_metric(c, org, metric_id))
         return pb.ArchiveBillableMetricResponse(billable_metric=wire.metric(stored))

@@ -6,9 +6,10 @@ from metering.v1 import customer_pb2 as pb
 from metering.v1 import customer_pb2_grpc
 from service.database import Database
 from service.domain import pages
-from service.rpc import wire
 from service.rpc.interceptor import Context, organization
 from service.rpc.pages import PageTokens, fitting
+from service.rpc.wire import customers as wire
+from service.rpc.wire import one_id
 from service.store import customers as store
 
 
@@ -27,7 +28,7 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
 
     async def GetCustomer(self, request: pb.GetCustomerRequest, context: Context) -> pb.GetCustomerResponse:
         """See customer.proto."""
-        customer_id, org = wire.one_id("id", request.id), organization()
+        customer_id, org = one_id("id", request.id), organization()
         found = await self._database.read(
             lambda c: store.get_customer(c, org, customer_id), timeout_s=context.time_remaining()
         )
@@ -37,7 +38,7 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
         """See customer.proto."""
         limit, org = pages.page_size(request.page_size), organization()
         key = wire.customer_key_filter(request.customer_key)
-        state = await self._tokens.decode("ListCustomers", request, request.page_token)
+        state = await self._tokens.decode("ListCustomers", request)
         rows = await self._database.read(
             lambda c: store.list_customers(
                 c,
@@ -60,7 +61,7 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
         self, request: pb.SetIngestAliasesRequest, context: Context
     ) -> pb.SetIngestAliasesResponse:
         """See customer.proto."""
-        customer_id, org = wire.one_id("id", request.id), organization()
+        customer_id, org = one_id("id", request.id), organization()
         aliases = wire.new_aliases(request)
         stored = await self._database.write(lambda c: store.set_ingest_aliases(c, org, customer_id, aliases))
         return pb.SetIngestAliasesResponse(customer=wire.customer(stored))
@@ -69,20 +70,20 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
         self, request: pb.SetBillingPeriodRequest, context: Context
     ) -> pb.SetBillingPeriodResponse:
         """See customer.proto."""
-        customer_id, org = wire.one_id("id", request.id), organization()
+        customer_id, org = one_id("id", request.id), organization()
         period = wire.new_billing_period(request)
         stored = await self._database.write(lambda c: store.set_billing_period(c, org, customer_id, period))
         return pb.SetBillingPeriodResponse(customer=wire.customer(stored))
 
     async def UpdateCustomer(self, request: pb.UpdateCustomerRequest, context: Context) -> pb.UpdateCustomerResponse:
         """See customer.proto."""
-        customer_id, org = wire.one_id("customer.id", request.customer.id), organization()
+        customer_id, org = one_id("customer.id", request.customer.id), organization()
         changes = wire.customer_changes(request)
         stored = await self._database.write(lambda c: store.update_customer(c, org, customer_id, changes))
         return pb.UpdateCustomerResponse(customer=wire.customer(stored))
 
     async def ArchiveCustomer(self, request: pb.ArchiveCustomerRequest, context: Context) -> pb.ArchiveCustomerResponse:
         """See customer.proto."""
-        customer_id, org = wire.one_id("id", request.id), organization()
+        customer_id, org = one_id("id", request.id), organization()
         stored = await self._database.write(lambda c: store.archive_customer(c, org, customer_id))
         return pb.ArchiveCustomerResponse(customer=wire.customer(stored))

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
@@ -15,8 +15,9 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from service.auth import Auth
-from service.errors import MeteringError, Reason, ResourceExhausted, invalid
+from service.errors import MeteringError, Reason, ResourceExhausted, Unauthenticated, invalid
 from service.rpc.status import internal, status
+from service.rpc.streams import Streams
 
 log = structlog.get_logger("metering.rpc")
 
@@ -39,14 +40,55 @@ def organization() -> str:
     return _organization.get()
 
 
+class RequestBytes:
+    """How many bytes of requests the server holds, over all calls, and what happens when they are too many."""
+
+    def __init__(self, most: int) -> None:
+        """Let requests hold about `most` bytes."""
+        self._most = most
+        self._held = 0
+        self._given_back = asyncio.Event()
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Hold a request while the block runs; raises ResourceExhausted if there is no room for it."""
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.give_back(size)
+
+    async def room(self) -> None:
+        """Wait until there is room: for streams, which can leave the next request with its sender."""
+        while self._held >= self._most:
+            self._given_back.clear()
+            await self._given_back.wait()
+
+    def take(self, size: int, *, waited: bool = False) -> None:
+        """Hold a request until it is given back; raises ResourceExhausted if there is no room for it.
+
+        Those that waited for room may have seen the same: twice as much is let in for them.
+        """
+        if self._held and self._held + size > (2 * self._most if waited else self._most):
+            raise ResourceExhausted(
+                Reason.OVERLOADED, "The server has too much in flight; nothing was done.", retry_after_s=1
+            )
+        self._held += size
+
+    def give_back(self, size: int) -> None:
+        """Forget a request that was taken."""
+        self._held -= size
+        self._given_back.set()
+
+
 class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of every service; there is no way to a servicer around it."""
 
-    def __init__(self, auth: Auth, request_bytes_max: int) -> None:
-        """Refuse calls while those in flight hold more than `request_bytes_max` bytes of requests."""
+    def __init__(self, auth: Auth, request_bytes: RequestBytes, streams: Streams) -> None:
+        """Refuse calls that `request_bytes` has no room for."""
         self._auth = auth
-        self._bytes_max = request_bytes_max
-        self._bytes = 0
+        self._request_bytes = request_bytes
+        self._streams = streams
 
     async def intercept_service(
         self,
@@ -58,62 +100,78 @@ class Interceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(_PUBLIC):
             return handler
-        if not handler.request_streaming and not handler.response_streaming:
-            return grpc.unary_unary_rpc_method_handler(
-                # Decoded by us, once we know who calls and that there is room. gRPC would do it first, and answer
-                # bytes that do not decode with UNKNOWN and the name of a Python class.
-                self._unary(method, handler.unary_unary, handler.request_deserializer),
-                request_deserializer=None,
-                response_serializer=handler.response_serializer,
-            )
+        # Requests are decoded by us, once we know who calls and that there is room. gRPC would do it first, and answer
+        # bytes that do not decode with UNKNOWN and the name of a Python class.
+        decode, encode = handler.request_deserializer, handler.response_serializer
         if handler.request_streaming and handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                self._stream(method, handler.stream_stream),
-                request_deserializer=handler.request_deserializer,
-                response_serializer=handler.response_serializer,
-            )
-        raise AssertionError(f"{method} is of a kind that nothing here protects")
+            both = self._both_stream(method, handler.stream_stream, decode)
+            return grpc.stream_stream_rpc_method_handler(both, request_deserializer=None, response_serializer=encode)
+        if handler.response_streaming:
+            stream = self._stream(method, handler.unary_stream, decode)
+            return grpc.unary_stream_rpc_method_handler(stream, request_deserializer=None, response_serializer=encode)
+        if handler.request_streaming:
+            raise AssertionError(f"{method} is of a kind that nothing here protects")
+        unary = self._unary(method, handler.unary_unary, decode)
+        return grpc.unary_unary_rpc_method_handler(unary, request_deserializer=None, response_serializer=encode)
 
     def _unary(self, method: str, serve: Any, decode: Any) -> Any:
         async def unary(raw: bytes, context: Context) -> Any:
-            request_id = _request_id(context)
-            try:
-                _organization.set(await self._auth.organization(context.invocation_metadata() or ()))
-                with self._room_for(max(len(raw), _REQUEST_BYTES_MIN)):
-                    try:
-                        request = decode(raw)
-                    except DecodeError:
-                        message = "is not a message of the expected type"
-                        raise invalid("request", Reason.MALFORMED_REQUEST, message) from None
-                    return await serve(request, context)
-            except (Exception, asyncio.CancelledError) as error:
-                await _abort(context, _answer(error, context, method, request_id), request_id)
+            async with self._answered(method, context):
+                with self._request_bytes.hold(max(len(raw), _REQUEST_BYTES_MIN)):
+                    return await serve(_decoded(decode, raw), context)
 
         return unary
 
-    @contextlib.contextmanager
-    def _room_for(self, size: int) -> Iterator[None]:
-        if self._bytes and self._bytes + size > self._bytes_max:
-            raise ResourceExhausted(
-                Reason.OVERLOADED, "The server has too much in flight; nothing was done.", retry_after_s=1
-            )
-        self._bytes += size
-        try:
-            yield
-        finally:
-            self._bytes -= size
-
-    def _stream(self, method: str, serve: Any) -> Any:
-        async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-            request_id = _request_id(context)
-            try:
-                _organization.set(await self._auth.organization(context.invocation_metadata() or ()))
-                async for response in serve(requests, context):
-                    yield response
-            except (Exception, asyncio.CancelledError) as error:
-                await _abort(context, _answer(error, context, method, request_id), request_id)
+    def _stream(self, method: str, serve: Any, decode: Any) -> Any:
+        async def stream(raw: bytes, context: Context) -> None:
+            async with self._answered(method, context):
+                with self._request_bytes.hold(len(raw)):
+                    await self._send_all(serve(_decoded(decode, raw), context), context)
 
         return stream
+
+    def _both_stream(self, method: str, serve: Any, decode: Any) -> Any:
+        async def both(requests: AsyncIterator[bytes], context: Context) -> None:
+            async def received() -> AsyncIterator[Any]:
+                async for raw in requests:
+                    await self._check_organization(context)
+                    yield _decoded(decode, raw)
+
+            async with self._answered(method, context):
+                await self._send_all(serve(received(), context), context)
+
+        return both
+
+    @contextlib.asynccontextmanager
+    async def _answered(self, method: str, context: Context) -> AsyncIterator[None]:
+        """Find out whose call it is and let the block serve it; what it raises is answered as a status."""
+        request_id = _request_id(context)
+        try:
+            _organization.set(await self._auth.organization(context.invocation_metadata() or ()))
+            yield
+        except (Exception, asyncio.CancelledError) as error:
+            await _abort(context, _answer(error, context, method, request_id), request_id)
+
+    async def _send_all(self, responses: AsyncIterator[Any], context: Context) -> None:
+        try:
+            async for response in responses:
+                await self._check_organization(context)
+                await self._streams.send(context, response)
+        finally:
+            if isinstance(responses, AsyncGenerator):
+                await responses.aclose()
+
+    async def _check_organization(self, context: Context) -> None:
+        """Ask again, as often as a stream moves: a stream must not outlive its credential."""
+        if await self._auth.organization(context.invocation_metadata() or ()) != organization():
+            raise Unauthenticated(Reason.CREDENTIAL_INVALID, "The credential is not of the same organization any more.")
+
+
+def _decoded(decode: Any, raw: bytes) -> Any:
+    try:
+        return decode(raw)
+    except DecodeError:
+        raise invalid("request", Reason.MALFORMED_REQUEST, "is not a message of the expected type") from None
 
 
 def _answer(error: BaseException, context: Context, method: str, request_id: str) -> status_pb2.Status:

@@ -33,16 +33,17 @@ class PageTokens:
         key = (await self._current(_REFRESH_S))[0]
         return pages.encode(key.id, key.secret, _scope(method, request), state)
 
-    async def decode(self, method: str, request: Message, token: str) -> dict[str, Any] | None:
-        """Return the state in a token, None if it is empty; raises InvalidArgument if it is not of this query."""
+    async def decode(self, method: str, request: Message, field: str = "page_token") -> dict[str, Any] | None:
+        """Return the state in a request's token, None without one; raises InvalidArgument if it is of another query."""
+        token = getattr(request, field)
         if not token:
             return None
-        key_id = pages.key_id(token)
+        key_id = pages.key_id(field, token)
         for age in (_REFRESH_S, _RETRY_S):
             for key in await self._current(age):
                 if key.id == key_id:
-                    return pages.decode(token, key.secret, _scope(method, request))
-        raise pages.refused()
+                    return pages.decode(field, token, key.secret, _scope(method, request))
+        raise pages.refused(field)
 
     async def _current(self, age_max: float) -> list[PageTokenKey]:
         if time.monotonic() - self._loaded_at > age_max:
@@ -65,6 +66,6 @@ def _scope(method: str, request: Message) -> str:
     """Name what a token is bound to: everything in the request but the paging itself."""
     query = type(request)()
     query.CopyFrom(request)
-    query.ClearField("page_token")
-    query.ClearField("page_size")
+    for field in {"page_token", "page_size", "resume_token"} & set(query.DESCRIPTOR.fields_by_name):
+        query.ClearField(field)
     return f"{organization()} {method} {pages.fingerprint(query.SerializeToString(deterministic=True))}"

@@ -1,52 +1,237 @@
 """The RPCs of UsageService."""
 
+import functools
+import time
 import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from metering.v1 import usage_pb2, usage_pb2_grpc
+from google.protobuf.message import Message
+
+from metering.v1 import usage_pb2 as pb
+from metering.v1 import usage_pb2_grpc
 from service.database import Database
 from service.domain import pages
-from service.domain.usage import PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX, Position
-from service.rpc import wire
+from service.domain.usage import (
+    PAGE_BYTES_MAX,
+    PAGE_SIZE_DEFAULT,
+    PAGE_SIZE_MAX,
+    GroupedPosition,
+    GroupedQuery,
+    Position,
+    UsageQuery,
+)
+from service.domain.windows import Windows
 from service.rpc.interceptor import Context, organization
 from service.rpc.pages import PageTokens
+from service.rpc.streams import MESSAGE_BYTES, Streams
+from service.rpc.wire import in_slices, timestamp
+from service.rpc.wire import usage as wire
+from service.store import grouped_usage as store_grouped
 from service.store import usage as store
+
+# A stream never asks for more rows than can be in what it reads at once.
+ROW_BYTES_MIN = 64
+# A watermark stays right as it grows old, it only gives more than is needed; so it is not asked for with every call.
+_WATERMARK_S = 1.0
+
+Place = dict[str, Any]
+"""Where a listing goes on, JSON-ready."""
+
+
+class _Part(NamedTuple):
+    """Some rows of a listing as messages, and where it goes on after the one with an index, or after all of them.
+
+    None = these are the last.
+    """
+
+    messages: Sequence[Any]
+    after: Callable[[int], Place | None]
+    following: Place | None
+
+
+class _Moment(NamedTuple):
+    """What a listing keeps from its first page or message to its last."""
+
+    read_time: datetime
+    watermark: datetime
+
+
+class _Wanted(NamedTuple):
+    """Which part of a listing to read: where it begins, at most how many rows, about how many bytes, and until when."""
+
+    place: Place | None
+    limit: int
+    size: int
+    read_time: datetime
+    timeout_s: float | None
+
+
+Read = Callable[[_Wanted], Awaitable[_Part]]
+
+
+_NOTHING = _Part((), lambda _: None, None)
 
 
 class UsageService(usage_pb2_grpc.UsageServiceServicer):
     """Answers with usage; see usage.proto."""
 
-    def __init__(self, database: Database, tokens: PageTokens) -> None:
+    def __init__(self, database: Database, tokens: PageTokens, streams: Streams) -> None:
         self._database = database
         self._tokens = tokens
+        self._streams = streams
+        self._watermark: tuple[float, datetime] | None = None
 
-    async def ListUsage(self, request: usage_pb2.ListUsageRequest, context: Context) -> usage_pb2.ListUsageResponse:
+    async def ListUsage(self, request: pb.ListUsageRequest, context: Context) -> pb.ListUsageResponse:
         """See usage.proto."""
-        query, org = wire.usage_query(request), organization()
+        read = functools.partial(_windows, self._database, organization(), wire.usage_query(request))
+        return pb.ListUsageResponse(**await self._page("ListUsage", request, context, read))
+
+    async def ListUsageWithGroups(
+        self, request: pb.ListUsageWithGroupsRequest, context: Context
+    ) -> pb.ListUsageWithGroupsResponse:
+        """See usage.proto."""
+        read = functools.partial(_grouped_windows, self._database, organization(), wire.grouped_query(request))
+        return pb.ListUsageWithGroupsResponse(**await self._page("ListUsageWithGroups", request, context, read))
+
+    async def StreamUsage(
+        self, request: pb.StreamUsageRequest, context: Context
+    ) -> AsyncIterator[pb.StreamUsageResponse]:
+        """See usage.proto."""
+        read = functools.partial(_windows, self._database, organization(), wire.usage_query(request))
+        async for message in self._messages("StreamUsage", request, context, read):
+            yield pb.StreamUsageResponse(**message)
+
+    async def StreamUsageWithGroups(
+        self, request: pb.StreamUsageWithGroupsRequest, context: Context
+    ) -> AsyncIterator[pb.StreamUsageWithGroupsResponse]:
+        """See usage.proto."""
+        read = functools.partial(_grouped_windows, self._database, organization(), wire.grouped_query(request))
+        async for message in self._messages("StreamUsageWithGroups", request, context, read):
+            yield pb.StreamUsageWithGroupsResponse(**message)
+
+    async def _page(
+        self, method: str, request: pb.ListUsageRequest | pb.ListUsageWithGroupsRequest, context: Context, read: Read
+    ) -> dict[str, Any]:
         limit = pages.page_size(request.page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        state = await self._tokens.decode("ListUsage", request, request.page_token)
-        read_time = datetime.fromisoformat(state["read_time"]) if state else datetime.now(UTC)
-        begin = _position(state) if state else None
-        page = await self._database.read(
-            lambda c: store.usage_page(c, org, query, begin, limit), timeout_s=context.time_remaining()
-        )
-        windows = await wire.in_slices(lambda one: wire.usage_window(one, read_time), page.windows)
-        response = usage_pb2.ListUsageResponse(windows=windows)
-        if page.following is not None:
-            state = _state(page.following, read_time)
-            response.next_page_token = await self._tokens.encode("ListUsage", request, state)
-        return response
+        state = await self._tokens.decode(method, request)
+        moment = await self._moment(state)
+        place = state["place"] if state else None
+        part = await read(_Wanted(place, limit, PAGE_BYTES_MAX, moment.read_time, context.time_remaining()))
+        token = ""
+        if part.following is not None:
+            token = await self._tokens.encode(method, request, _state(part.following, moment))
+        return {
+            "windows": part.messages,
+            "next_page_token": token,
+            "next_updated_since": timestamp(moment.watermark),
+        }
+
+    async def _messages(
+        self,
+        method: str,
+        request: pb.StreamUsageRequest | pb.StreamUsageWithGroupsRequest,
+        context: Context,
+        read: Read,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages of a stream. Between them it holds what it has read, and no connection."""
+        state = await self._tokens.decode(method, request, "resume_token")
+        moment = await self._moment(state)
+        place = state["place"] if state else None
+        ended = state is not None and place is None
+        with self._streams.opened():
+            while True:
+                part = _NOTHING
+                if not ended:
+                    size = self._streams.read_bytes()
+                    limit = min(PAGE_SIZE_MAX, size // ROW_BYTES_MIN)
+                    part = await read(_Wanted(place, limit, size, moment.read_time, context.time_remaining()))
+                start = 0
+                for stop in _message_ends(part.messages):
+                    place = part.after(stop - 1) if stop < len(part.messages) else part.following
+                    yield {
+                        "windows": part.messages[start:stop],
+                        "resume_token": await self._tokens.encode(method, request, _state(place, moment)),
+                        "complete": place is None,
+                        "next_updated_since": timestamp(moment.watermark),
+                    }
+                    if place is None:
+                        return
+                    self._streams.check()
+                    start = stop
+
+    async def _moment(self, state: dict[str, Any] | None) -> _Moment:
+        if state is not None:
+            return _Moment(datetime.fromisoformat(state["read_time"]), datetime.fromisoformat(state["watermark"]))
+        now = time.monotonic()
+        if self._watermark is None or now - self._watermark[0] > _WATERMARK_S:
+            self._watermark = (now, await self._database.look_up(store.watermark))
+        return _Moment(datetime.now(UTC), self._watermark[1])
 
 
-def _position(state: dict[str, Any]) -> Position:
-    return Position(uuid.UUID(state["customer"]), uuid.UUID(state["metric"]), state["window"])
+async def _windows(database: Database, org: str, query: UsageQuery, wanted: _Wanted) -> _Part:
+    place = wanted.place
+    begin = Position(uuid.UUID(place["customer"]), uuid.UUID(place["metric"]), place["window"]) if place else None
+    page = await database.read(
+        lambda c: store.usage_page(c, org, query, begin, wanted.limit, wanted.size), timeout_s=wanted.timeout_s
+    )
+
+    def place_of(position: Position | None) -> Place | None:
+        if position is None:
+            return None
+        customer_id, metric_id, window = position
+        return {"customer": customer_id.hex, "metric": metric_id.hex, "window": window}
+
+    return _Part(
+        await in_slices(lambda one: wire.usage_window(one, wanted.read_time), page.windows),
+        lambda i: place_of(query.after(page.windows[i])),
+        place_of(page.following),
+    )
 
 
-def _state(position: Position, read_time: datetime) -> dict[str, Any]:
+async def _grouped_windows(database: Database, org: str, query: GroupedQuery, wanted: _Wanted) -> _Part:
+    place = wanted.place
+    begin = None
+    if place:
+        begin = GroupedPosition(place["window"], None if place["group"] is None else tuple(place["group"]))
+        # Those of the first page: the billing period that holds the present may be another by now.
+        start, end = (datetime.fromisoformat(place[name]) for name in ("start", "end"))
+        query = replace(query, windows=Windows(query.size, start, end, query.time_zone or "UTC"))
+    page = await database.read(
+        lambda c: store_grouped.grouped_page(c, org, query, begin, wanted.limit, wanted.size, wanted.read_time),
+        timeout_s=wanted.timeout_s,
+    )
+    bounds = {"start": page.windows.start.isoformat(), "end": page.windows.end.isoformat()}
+
+    def after(i: int) -> Place:
+        row = page.rows[i]
+        return {"window": page.windows.index_of(row.start), "group": row.group, **bounds}
+
+    following = page.following
+    return _Part(
+        await in_slices(lambda one: wire.grouped_window(one, query.group_key, wanted.read_time), page.rows),
+        after,
+        following and {"window": following.window, "group": following.group, **bounds},
+    )
+
+
+def _state(place: Place | None, moment: _Moment) -> dict[str, Any]:
     return {
-        "customer": position.customer_id.hex,
-        "metric": position.metric_id.hex,
-        "window": position.window,
-        "read_time": read_time.isoformat(),
+        "place": place,
+        "read_time": moment.read_time.isoformat(),
+        "watermark": moment.watermark.isoformat(),
     }
+
+
+def _message_ends(rows: Sequence[Message]) -> Iterator[int]:
+    """Yield after how many rows each message ends; one message without rows if there are none."""
+    size = 0
+    for i, row in enumerate(rows):
+        row_size = row.ByteSize() + 4
+        if size and size + row_size > MESSAGE_BYTES:
+            yield i
+            size = 0
+        size += row_size
+    yield len(rows)

@@ -39,7 +39,6 @@ def stored_events(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
         columns.event_type,
         columns.timestamp,
         columns.properties,
-        columns.ingested_at,
     ).where(columns.organization_id == ORGANIZATION, columns.voided_at.is_(None), columns.source == 0, *where)
 
 
@@ -73,11 +72,17 @@ async def recompute(
     The organization's exclusive lock must be held. Running it twice changes nothing.
     """
     bound = {"organization": organization}
-    for table in (usage_distinct_values, usage_cells):
-        within = [table.c.cell_start >= start] + ([table.c.cell_start < end] if end else [])
-        await connection.execute(
-            sa.delete(table).where(table.c.organization_id == organization, table.c.metric_id == metric.id, *within)
-        )
+
+    def within(table: sa.Table) -> list[sa.ColumnElement[bool]]:
+        columns = table.c
+        span = [columns.cell_start >= start] + ([columns.cell_start < end] if end else [])
+        return [columns.organization_id == organization, columns.metric_id == metric.id, *span]
+
+    await connection.execute(sa.delete(usage_distinct_values).where(*within(usage_distinct_values)))
+    # A cell that turns out to hold nothing any more is kept, empty: it tells readers when that came to be.
+    columns = usage_cells.c
+    filled = sa.or_(columns.counted > 0, columns.skipped > 0)
+    await connection.execute(sa.update(usage_cells).where(*within(usage_cells), filled).values(metric_sql.EMPTY_CELL))
     events = _events_between(start, end)
     await connection.execute(metric_sql.replace_cells(metric_sql.cells(metric, events, _bucket(events))), bound)
     if metric.aggregation is Aggregation.UNIQUE:
@@ -119,7 +124,7 @@ async def mismatches(
     )
     names = list(metric_sql.MEASURES)
     same_key = sa.and_(*(stored.c[name] == computed.c[name] for name in metric_sql.CELL_KEY))
-    # A cell that voiding emptied is kept, with nothing in it: it remembers when it changed.
+    # A cell that lost its last event is kept, with nothing in it: it remembers when it changed.
     emptied = sa.and_(computed.c.metric_id.is_(None), stored.c.counted == 0, stored.c.skipped == 0)
     query = (
         sa.select(

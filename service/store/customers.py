@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.customers import BillingFrequency, BillingPeriod, Customer
 from service.errors import AlreadyExists, NotFound, Reason
-from service.store.tables import customer_keys, customers, violated_constraint
+from service.store.tables import customer_keys, customers, released_keys, violated_constraint
 
 # Claims of a key that others take and give up at the same moment.
 CLAIMS_MAX = 10
@@ -154,13 +154,30 @@ async def set_ingest_aliases(
     # The update locks the customer's row: two calls for one customer take turns, so that one whole set wins.
     await _update(connection, organization, customer_id, {})
     keep = {str(customer_id), *aliases}
-    await connection.execute(
-        sa.delete(customer_keys).where(
-            customer_keys.c.organization_id == organization,
-            customer_keys.c.customer_id == customer_id,
-            customer_keys.c.key != sa.all_(sa.literal(list(keep), ARRAY(sa.Text))),
-        )
+    given_up = sa.delete(customer_keys).where(
+        customer_keys.c.organization_id == organization,
+        customer_keys.c.customer_id == customer_id,
+        customer_keys.c.key != sa.all_(sa.literal(list(keep), ARRAY(sa.Text))),
     )
+    keys = (await connection.execute(given_up.returning(customer_keys.c.key))).scalars().all()
+    if keys:
+        released = insert(released_keys).values(
+            [
+                {
+                    "organization_id": organization,
+                    "customer_id": customer_id,
+                    "key": key,
+                    "released_at": sa.func.clock_timestamp(),
+                }
+                for key in keys
+            ]
+        )
+        await connection.execute(
+            released.on_conflict_do_update(
+                index_elements=list(released_keys.primary_key.columns),
+                set_={"released_at": released.excluded.released_at},
+            )
+        )
     await _claim_keys(connection, organization, customer_id, keep)
     return await get_customer(connection, organization, customer_id)
 

@@ -5,12 +5,13 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, asyncpg, insert
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.events import Event
 from service.domain.metrics import BillableMetric
 from service.store import cells
+from service.store.compiled import Compiled
 from service.store.tables import INSTANT, customer_keys, incoming_events, usage_events
 
 INCOMING = tuple(column.name for column in incoming_events.c)
@@ -21,28 +22,6 @@ KEYS_WALKED = 1_000
 WALKS_MAX = 20
 
 _ACCEPTED: sa.BindParameter[Any] = sa.bindparam("accepted", type_=ARRAY(sa.Text))
-
-
-class Compiled:
-    """A statement as the SQL that SQLAlchemy made of it, to be sent as it is: with many metrics it is large, and
-    working it out again for every batch would cost more than the batch.
-    """
-
-    def __init__(self, statement: sa.Select[Any] | sa.Insert) -> None:
-        compiled: Any = statement.compile(dialect=asyncpg.dialect())  # type: ignore[no-untyped-call]
-        self._sql = str(compiled)
-        self._names: Sequence[str] = compiled.positiontup or ()
-        self._processors: Mapping[str, Any] = compiled._bind_processors
-        self._fixed = {name: self._processed(name, value) for name, value in compiled.params.items()}
-
-    async def execute(self, connection: AsyncConnection, **values: Any) -> "sa.CursorResult[Any]":
-        """Run it with these values for its named parameters."""
-        given = self._fixed | {name: self._processed(name, value) for name, value in values.items()}
-        return await connection.exec_driver_sql(self._sql, tuple(given[name] for name in self._names))
-
-    def _processed(self, name: str, value: Any) -> Any:
-        processor = self._processors.get(name)
-        return processor(value) if processor and value is not None else value
 
 
 class IngestStatements(NamedTuple):

@@ -4,7 +4,7 @@ Everything here takes `events`, anything with the columns transaction_id, custom
 properties: the stored events, or those that a statement has just inserted.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, Insert, aggregate_order_by, array, insert
@@ -15,6 +15,13 @@ from service.store.tables import INSTANT, NUMERIC, usage_cells
 
 # The columns that `cells` yields and in which usage_cells stores them.
 MEASURES = ("counted", "skipped", "sum", "min", "max", "latest_at", "latest_transaction_id", "latest_value")
+# What a cell is set to when no event is left in it.
+EMPTY_CELL: dict[str, Any] = {
+    **dict.fromkeys(MEASURES),
+    "counted": 0,
+    "skipped": 0,
+    "updated_at": sa.func.clock_timestamp(),
+}
 CELL_KEY = ("metric_id", "customer_key", "cell_start", "group_digest")
 
 # A plain decimal: what `domain.quantities` prints, and what can be summed. Nothing else is ever cast to numeric.
@@ -35,30 +42,73 @@ def digest(text: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     return sa.func.substring(sa.func.sha256(sa.func.convert_to(text, "UTF8")), 1, 16, type_=BYTEA)
 
 
-def matches(metric: BillableMetric, events: sa.FromClause) -> sa.ColumnElement[bool]:
-    """Return the condition under which the metric counts an event.
+class Rule(NamedTuple):
+    """One condition that a metric sets: the field of the metric that holds it, and what an event that fails it is."""
+
+    path: str
+    failure: str
+    condition: sa.ColumnElement[bool]
+
+
+def rules(metric: BillableMetric, events: sa.FromClause) -> list[Rule]:
+    """Return every condition under which the metric counts an event.
 
     Values compare by canonical string: `->>` prints a JSON string as it is and a number as it was stored, which is its
     canonical form; JSON null and an absent property are both NULL.
     """
     columns: Columns = events.c
-    conditions: list[sa.ColumnElement[bool]] = []
+    found: list[Rule] = []
     if metric.event_types:
-        conditions.append(columns.event_type == sa.any_(_texts(metric.event_types)))
+        allowed = columns.event_type == sa.any_(_texts(metric.event_types))
+        found.append(Rule("event_type_filter.in_values", "event_type is none of the values allowed", allowed))
     if metric.excluded_event_types:
-        conditions.append(columns.event_type != sa.all_(_texts(metric.excluded_event_types)))
-    for one in metric.property_filters:
-        value = _property(columns, one.name)
+        allowed = columns.event_type != sa.all_(_texts(metric.excluded_event_types))
+        found.append(Rule("event_type_filter.not_in_values", "event_type is one of the values excluded", allowed))
+    for i, one in enumerate(metric.property_filters):
+        path, value = f"property_filters[{i}]", _property(columns, one.name)
         if one.exists is not None:
-            conditions.append(value.is_not(None) if one.exists else value.is_(None))
+            failure = f'property "{one.name}" is {"missing" if one.exists else "present"}'
+            found.append(Rule(f"{path}.exists", failure, value.is_not(None) if one.exists else value.is_(None)))
         if one.in_values:
-            conditions.append(value == sa.any_(_texts(one.in_values)))
+            failure = f'property "{one.name}" is missing or none of the values allowed'
+            found.append(Rule(f"{path}.in_values", failure, value == sa.any_(_texts(one.in_values))))
         if one.not_in_values:
             # NULL (absent) passes: there is no value that is excluded.
-            conditions.append(sa.func.coalesce(value != sa.all_(_texts(one.not_in_values)), sa.true()))
+            passes = sa.func.coalesce(value != sa.all_(_texts(one.not_in_values)), sa.true())
+            failure = f'property "{one.name}" is one of the values excluded'
+            found.append(Rule(f"{path}.not_in_values", failure, passes))
     if metric.archived_at is not None:
-        conditions.append(columns.timestamp < sa.literal(metric.archived_at, INSTANT))
-    return sa.and_(sa.true(), *conditions)
+        before = columns.timestamp < sa.literal(metric.archived_at, INSTANT)
+        found.append(Rule("archive_time", "timestamp is not before the metric was archived", before))
+    return found
+
+
+def matches(metric: BillableMetric, events: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Return the condition under which the metric counts an event: all its rules."""
+    return sa.and_(sa.true(), *(rule.condition for rule in rules(metric, events)))
+
+
+# What `outcome` says of an event that matches; one that does not has the position of the rule that it fails.
+COUNTED, MISSING, NOT_DECIMAL, PENDING = -1, -2, -3, -4
+
+
+def outcome(metric: BillableMetric, events: sa.FromClause) -> sa.ColumnElement[int]:
+    """Return what the metric makes of an event: the position of the first of `rules` it fails, or a constant above."""
+    columns: Columns = events.c
+    whens: list[tuple[sa.ColumnElement[bool], Any]] = [
+        (rule.condition.is_not(sa.true()), sa.literal_column(str(i))) for i, rule in enumerate(rules(metric, events))
+    ]
+    if metric.aggregation_key is not None:
+        value = _property(columns, metric.aggregation_key)
+        whens.append((value.is_(None), sa.literal_column(str(MISSING))))
+        if metric.aggregation is not Aggregation.UNIQUE:
+            whens.append((sa.not_(_is_decimal(value)), sa.literal_column(str(NOT_DECIMAL))))
+    if metric.backfilled_until is not None:
+        pending = columns.timestamp >= sa.literal(metric.backfilled_until, INSTANT)
+        whens.append((pending, sa.literal_column(str(PENDING))))
+    if not whens:
+        return sa.literal_column(str(COUNTED), sa.Integer)
+    return sa.case(*whens, else_=sa.literal_column(str(COUNTED)))
 
 
 def cells(
@@ -67,8 +117,7 @@ def cells(
     """Aggregate the events that match the metric (and `where`) into cells.
 
     `bucket` is what tells one cell of time from another. Yields metric_id, customer_key, cell_start (the bucket),
-    group_digest, group_values, the MEASURES, and updated_at if the events have ingested_at; one row per customer key,
-    bucket and values of the group properties.
+    group_digest, group_values and the MEASURES; one row per customer key, bucket and values of the group properties.
     """
     matched = _matched(metric, events, bucket, *where)
     columns: Columns = matched.c
@@ -102,8 +151,6 @@ def cells(
                 ("latest_value", value),
             ):
                 measures[name] = latest(column, columns.timestamp, columns.transaction_id, value.is_not(None))
-    if "ingested_at" in columns:
-        measures["updated_at"] = sa.func.max(columns.ingested_at)
     return sa.select(
         sa.literal(metric.id, sa.Uuid).label("metric_id"),
         columns.customer_key,
@@ -181,8 +228,12 @@ def merge_into_cells(rows: sa.Select[Any]) -> Insert:
 
 
 def replace_cells(rows: sa.Select[Any]) -> Insert:
-    """Return the statement that stores cell rows where none are."""
-    return _insert_cells(rows)
+    """Return the statement that stores cell rows in place of what is there."""
+    statement = _insert_cells(rows)
+    return statement.on_conflict_do_update(
+        index_elements=list(usage_cells.primary_key.columns),
+        set_={name: statement.excluded[name] for name in (*MEASURES, "updated_at")},
+    )
 
 
 def _insert_cells(rows: sa.Select[Any]) -> Insert:
@@ -206,17 +257,18 @@ def _matched(
         bucket.label("cell_start"),
         _group_values(metric, columns).label("group_values"),
     ]
-    if "ingested_at" in columns:
-        selected.append(columns.ingested_at)
     if metric.aggregation_key is not None:
         value = _property(columns, metric.aggregation_key)
         if metric.aggregation is Aggregation.UNIQUE:
             selected.append(value.label("value"))
         else:
-            fits = sa.and_(value.regexp_match(_DECIMAL), sa.func.length(sa.func.translate(value, "-.", "")) <= 38)
             # CASE, because a condition beside the cast would not keep it from running on other text.
-            selected.append(sa.case((fits, value.cast(NUMERIC))).label("number"))
+            selected.append(sa.case((_is_decimal(value), value.cast(NUMERIC))).label("number"))
     return sa.select(*selected).where(matches(metric, events), *where).subquery()
+
+
+def _is_decimal(value: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    return sa.and_(value.regexp_match(_DECIMAL), sa.func.length(sa.func.translate(value, "-.", "")) <= 38)
 
 
 def _property(columns: Columns, name: str) -> sa.ColumnElement[Any]:

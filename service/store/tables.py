@@ -87,8 +87,21 @@ customer_keys = sa.Table(
     _organization(),
     sa.Column("key", KEY, primary_key=True),
     sa.Column("customer_id", sa.Uuid, nullable=False),
+    # When the customer took the key, and with it the usage under it.
+    sa.Column("attached_at", INSTANT, nullable=False, server_default=sa.func.clock_timestamp()),
     sa.ForeignKeyConstraint(["organization_id", "customer_id"], ["customers.organization_id", "customers.id"]),
     sa.Index(None, "organization_id", "customer_id"),
+)
+
+# Keys that a customer gave up, and when it last did: its windows with usage under them changed then, and no cell did.
+released_keys = sa.Table(
+    "released_keys",
+    METADATA,
+    _organization(),
+    sa.Column("customer_id", sa.Uuid, primary_key=True),
+    sa.Column("key", KEY, primary_key=True),
+    sa.Column("released_at", INSTANT, nullable=False),
+    sa.ForeignKeyConstraint(["organization_id", "customer_id"], ["customers.organization_id", "customers.id"]),
 )
 
 billable_metrics = sa.Table(

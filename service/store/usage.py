@@ -58,8 +58,9 @@ async def usage_page(
     query: UsageQuery,
     begin: Position | None,
     limit: int,
+    bytes_max: int = PAGE_BYTES_MAX,
 ) -> UsagePage:
-    """Return up to `limit` windows (and about 1 MiB) of the query from `begin` on. Must run in one snapshot.
+    """Return up to `limit` windows (and about `bytes_max` bytes) of the query from `begin` on, in one snapshot.
 
     Raises NotFound for unknown ids, FailedPrecondition for a named metric that is still counting its past, and
     InvalidArgument for an undeclared group key or too many windows.
@@ -81,26 +82,35 @@ async def usage_page(
             return UsagePage(windows, position)
         first = position.window if position and pairs[0] == (position.customer_id, position.metric_id) else 0
         chunk, count = reader.slice(pairs, first, limit - len(windows))
-        if query.omit_empty and count < number:
+        if query.sparse and count < number:
             # One pair, more windows than one statement takes: leap over those that are empty for certain.
             used = await reader.next_used(chunk[0], query.windows.slice(first, 1)[0][0])
             first = number if used is None else query.windows.index_of(used)
             count = min(count, number - first)
         for pair, index, window in await reader.windows(chunk, query.windows.slice(first, count), first):
-            if len(windows) >= limit or (windows and size + window.size > PAGE_BYTES_MAX):
+            if len(windows) >= limit or (windows and size + window.size > bytes_max):
                 return UsagePage(windows, Position(*pair, index))
             windows.append(window)
             size += window.size
         if first + count < number:
             position = Position(*chunk[0], first + count)
         else:
-            position = reader.after(chunk[-1])
+            position = Position.after_pair(*chunk[-1])
             pairs = pairs[len(chunk) :]
         if position is None:
             return UsagePage(windows, None)
-        if len(windows) >= limit or size >= PAGE_BYTES_MAX:
+        if len(windows) >= limit or size >= bytes_max:
             # Pairs without usage are no reason for another page.
             return UsagePage(windows, position if pairs or await reader.pairs(position) else None)
+
+
+async def watermark(connection: AsyncConnection) -> datetime:
+    """Return an `updated_since` that misses nothing which a snapshot taken after this call does not show.
+
+    Not in that snapshot's own transaction: what commits in between must be seen by one of the two.
+    """
+    found: datetime = (await connection.execute(usage_sql.watermark())).scalar_one()
+    return found
 
 
 async def _selected(
@@ -118,19 +128,20 @@ async def _selected(
         selected = [Selected(metric) for metric in await metric_store.countable_metrics(connection, organization)]
     else:
         found = await metric_store.get_metrics(connection, organization, [one.id for one in query.metrics])
-        _require_backfilled(found)
+        require_backfilled(found)
         check_groups(query.metrics, found)
         selected = [Selected(metric, one.group_by) for metric, one in zip(found, query.metrics, strict=True)]
     customers_number = len(query.customers or ())
     # Only a query over all customers needs them counted, and only if their number could matter.
-    if first_page and query.customers is None and not query.omit_empty:
+    if first_page and query.customers is None and not query.sparse:
         customers_number = await customer_store.count_customers(connection, organization)
     if first_page:
         check_window_count(query, customers_number, len(selected))
     return selected
 
 
-def _require_backfilled(metrics: Sequence[BillableMetric]) -> None:
+def require_backfilled(metrics: Sequence[BillableMetric]) -> None:
+    """Raise FailedPrecondition if any of the metrics is still counting its past."""
     unfinished = [metric for metric in metrics if metric.backfilled_until is not None]
     if unfinished:
         named = ", ".join(str(metric.id) for metric in unfinished)
@@ -152,21 +163,12 @@ class _Reader:
     query: UsageQuery
     metrics: dict[uuid.UUID, Selected]
 
-    @staticmethod
-    def after(pair: Pair) -> Position | None:
-        """The position after every window of a pair; None after the last possible one."""
-        if pair.metric_id.int + 1 < 1 << 128:
-            return Position(pair.customer_id, uuid.UUID(int=pair.metric_id.int + 1), 0)
-        if pair.customer_id.int + 1 < 1 << 128:
-            return Position(uuid.UUID(int=pair.customer_id.int + 1), uuid.UUID(int=0), 0)
-        return None
-
     def slice(self, pairs: Sequence[Pair], first: int, wanted: int) -> tuple[Sequence[Pair], int]:
         """Decide how much one statement takes: whole pairs from their first window, or a part of one pair."""
         grouped = any(self.metrics[pair.metric_id].group_by for pair in pairs)
         most = GROUPED_SLICE_MAX if grouped else SLICE_MAX
         # Of windows that may turn out empty take more than are wanted, but not so many that most are thrown away.
-        most = min(most, max(1_000, 10 * wanted) if self.query.omit_empty else wanted)
+        most = min(most, max(1_000, 10 * wanted) if self.query.sparse else wanted)
         number = len(self.query.windows)
         if first == 0 and number <= most:
             return pairs[: most // number], number
@@ -187,7 +189,9 @@ class _Reader:
             return []
         metrics = [one.metric for one in self.metrics.values()]
         span = (self.query.windows.start, self.query.windows.end)
-        statement = usage_sql.pairs_with_usage(metrics, span, self.query.customers, least, PAIRS_MAX)
+        statement = usage_sql.pairs_with_usage(
+            metrics, span, self.query.customers, least, PAIRS_MAX, self.query.updated_since
+        )
         return [Pair(row[0], row[1]) for row in await self._execute(statement)]
 
     async def next_used(self, pair: Pair, instant: datetime) -> datetime | None:
@@ -207,7 +211,9 @@ class _Reader:
             selected = self.metrics[pair.metric_id]
             for i, (start, end) in enumerate(bounds):
                 total = measures.get((pair, i))
-                if total is None and self.query.omit_empty:
+                if total is None and self.query.sparse:
+                    continue
+                if self.query.omit_empty and total and not (total.counted or total.skipped):
                     continue
                 values, truncated = _group_map(selected, groups.get((pair, i), {}))
                 total = total or NOTHING
@@ -226,15 +232,16 @@ class _Reader:
         return found
 
     async def _measures(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[tuple[Pair, int], Measures]:
-        """Return the measures of every window that holds an event, by pair and position in `bounds`."""
+        """Return the measures of every window with anything behind it, by pair and position in `bounds`."""
         metrics = [self.metrics[metric_id].metric for metric_id in sorted({pair.metric_id for pair in pairs})]
-        rows = await self._execute(usage_sql.totals(metrics, pairs, bounds))
+        rows = await self._execute(usage_sql.totals(metrics, pairs, bounds, self.query.updated_since))
         found = {(Pair(row[0], row[1]), row[2]): Measures(*row[3:]) for row in rows}
         distinct = usage_sql.distinct_totals(metrics, pairs, bounds)
         for row in await self._execute(distinct) if distinct is not None else ():
             at = (Pair(row[0], row[1]), row[2])
-            found[at] = found[at]._replace(counted=row[3])
-        return {at: total for at, total in found.items() if total.counted or total.skipped}
+            if at in found:  # else the window did not change since the query's instant
+                found[at] = found[at]._replace(counted=row[3])
+        return found
 
     async def _groups(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[tuple[Pair, int], dict[str, Measures]]:
         """Return the measures per value of the group key of every window with any; one value more than is shown."""

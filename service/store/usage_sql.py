@@ -3,6 +3,9 @@
 A *piece* is a cell that lies within one window, or a cell made on the fly of the events of a cut cell that belong to
 one window. Every answer is an aggregate of pieces; that is how MAX, LATEST, UNIQUE and AVG, which do not add up from
 window to window, are right for any window.
+
+Further pieces hold nothing but a time, at which what is behind a window changed: those of cut cells, and of cells under
+a key that the customer gave up.
 """
 
 import uuid
@@ -24,6 +27,7 @@ from service.store.tables import (
     NUMERIC,
     customer_keys,
     customers,
+    released_keys,
     usage_cells,
     usage_distinct_values,
     usage_events,
@@ -42,24 +46,40 @@ class Pair(NamedTuple):
 
 
 def pairs_with_usage(
-    metrics: Sequence[BillableMetric], span: Span, customer_ids: Sequence[uuid.UUID] | None, least: Pair, limit: int
+    metrics: Sequence[BillableMetric],
+    span: Span,
+    customer_ids: Sequence[uuid.UUID] | None,
+    least: Pair,
+    limit: int,
+    since: datetime | None,
 ) -> sa.Select[Any]:
     """Select the pairs from `least` on that have an event in the span, in order: customer_id, metric_id.
 
-    Of the customers named, or of all that are not archived.
+    Of the customers named, or of all that are not archived. With `since` the pairs with a change from then on instead.
     """
     metric = sa.func.unnest(_uuids(sorted(one.id for one in metrics))).table_valued("id").render_derived("metric")
-    key = _keys_of(customers.c.id)
-    cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(usage_cells, [span], cut=()))
-    in_cells = sa.select(sa.true()).select_from(key.join(cell, sa.true()))
-    found: list[sa.ColumnElement[bool]] = [_any(in_cells.correlate(customers, metric))]
-    for one in metrics:
-        for part in _cut([span]):
-            events = _events_of_key(key.c.key, sa.literal(part[0], INSTANT), sa.literal(part[1], INSTANT))
-            in_events = (
-                sa.select(sa.true()).select_from(key.join(events, sa.true())).where(metric_sql.matches(one, events))
-            )
-            found.append(sa.and_(metric.c.id == one.id, _any(in_events.correlate(customers, metric))))
+    key = keys_of(customers.c.id)
+    found: list[sa.ColumnElement[bool]] = []
+
+    def exists(rows: LateralFromClause, *where: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        select = sa.select(sa.true()).select_from(key.join(rows, sa.true())).where(*where)
+        return _any(select.correlate(customers, metric))
+
+    if since is not None:
+        # Cut cells whole: whether the part in the span changed is found out when its windows are read.
+        start = usage_cells.c.cell_start
+        cell = _of_key(usage_cells, key.c.key, metric.c.id, start >= cell_floor(span[0]), start < span[1])
+        found.append(exists(cell, _updated_at(cell, key) >= since))
+    else:
+        columns = usage_cells.c
+        filled = sa.or_(columns.counted > 0, columns.skipped > 0)
+        cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(usage_cells, [span], cut=()), filled)
+        found.append(exists(cell, key.c.held))
+        for one in metrics:
+            for part in _cut([span]):
+                events = _events_of_key(key.c.key, sa.literal(part[0], INSTANT), sa.literal(part[1], INSTANT))
+                in_part = exists(events, key.c.held, metric_sql.matches(one, events))
+                found.append(sa.and_(metric.c.id == one.id, in_part))
     wanted: sa.ColumnElement[bool] = customers.c.archived_at.is_(None)
     if customer_ids is not None:
         wanted = customers.c.id == sa.any_(_uuids(customer_ids))
@@ -80,22 +100,25 @@ def pairs_with_usage(
 
 def next_cell(pair: Pair, instant: datetime, end: datetime) -> sa.Select[Any]:
     """Select the start of the pair's first cell that reaches beyond `instant` and starts before `end`, or NULL."""
-    key = _keys_of(sa.literal(pair.customer_id, sa.Uuid))
+    key = keys_of(sa.literal(pair.customer_id, sa.Uuid))
     start = usage_cells.c.cell_start
     metric_id = sa.literal(pair.metric_id, sa.Uuid)
     cell = _of_key(usage_cells, key.c.key, metric_id, start >= cell_floor(instant), start < end)
     return sa.select(sa.func.min(cell.c.cell_start)).select_from(key.join(cell, sa.true()))
 
 
-def totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.Select[Any]:
+def totals(
+    metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds, since: datetime | None
+) -> sa.Select[Any]:
     """Select what every window with a cell adds up to: customer_id, metric_id, window, and the fields of Measures.
 
-    `metrics` are those of the pairs; `window` is the position in `bounds`. `counted` of a UNIQUE metric is the number
-    of its values, not of the different ones.
+    With `since` only windows that changed from then on. `metrics` are those of the pairs; `window` is the position in
+    `bounds`. `counted` of a UNIQUE metric is the number of its values, not of the different ones.
     """
-    pieces = _pieces(metrics, pairs, bounds).subquery("pieces")
+    pieces = select_pieces(metrics, pairs, bounds).subquery("pieces")
     key = _key(pieces)
-    return sa.select(*key, *_measures(metrics, pieces)).group_by(*key)
+    statement = sa.select(*key, *measures_of(metrics, pieces)).group_by(*key)
+    return statement if since is None else statement.having(sa.func.max(pieces.c.updated_at) >= since)
 
 
 def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.Select[Any] | None:
@@ -106,7 +129,7 @@ def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bo
     unique = [metric for metric in metrics if metric.aggregation is Aggregation.UNIQUE]
     if not unique:
         return None
-    values = _distinct_pieces(unique, pairs, bounds).subquery("values")
+    values = select_distinct_pieces(unique, pairs, bounds).subquery("values")
     key = _key(values)
     return sa.select(*key, sa.func.count(values.c.value_digest.distinct())).group_by(*key)
 
@@ -119,7 +142,7 @@ def group_totals(
     The values asked for, or the first `limit` of each window in byte order. `pairs` are of this metric.
     """
     place = metric.group_properties.index(group_by.key) + 1
-    pieces = _pieces([metric], pairs, bounds).subquery("pieces")
+    pieces = select_pieces([metric], pairs, bounds).subquery("pieces")
     group_value = pieces.c.group_values[place].collate("C")
     wanted: sa.ColumnElement[bool] = group_value.is_not(None)
     if group_by.values:
@@ -127,15 +150,16 @@ def group_totals(
     key = [*_key(pieces), group_value.label("group_value")]
     rank = sa.func.row_number().over(partition_by=_key(pieces), order_by=group_value)
     ranked = (
-        sa.select(*key, *_measures([metric], pieces), rank.label("rank"))
+        sa.select(*key, *measures_of([metric], pieces), rank.label("rank"))
         .where(wanted)
         .group_by(*_key(pieces), group_value)
+        .having(any_event(pieces))
         .subquery("ranked")
     )
     columns: dict[str, sa.ColumnElement[Any]] = {one.name: one for one in ranked.c if one.name != "rank"}
     source: sa.FromClause = ranked
     if metric.aggregation is Aggregation.UNIQUE:
-        values = _distinct_pieces([metric], pairs, bounds).subquery("values")
+        values = select_distinct_pieces([metric], pairs, bounds).subquery("values")
         value_key = [*_key(values), values.c.group_values[place].collate("C").label("group_value")]
         number = sa.func.count(values.c.value_digest.distinct()).label("number")
         numbers = sa.select(*value_key, number).group_by(*value_key).subquery("numbers")
@@ -145,10 +169,31 @@ def group_totals(
     return sa.select(*columns.values()).select_from(source).where(ranked.c.rank <= limit)
 
 
-def _pieces(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.CompoundSelect[Any]:
+def watermark() -> sa.Select[Any]:
+    """Select an instant such that whatever a snapshot taken later does not show is stored with a later time.
+
+    Times are taken after their transaction began; so it is the beginning of the oldest one that is still writing. One
+    that has not written yet takes its times within moments of writing; a minute is more than enough for them.
+    """
+    activity = sa.table(
+        "pg_stat_activity", sa.column("xact_start", INSTANT), sa.column("backend_xid"), sa.column("datname")
+    )
+    started = activity.c.xact_start
+    recently = sa.func.clock_timestamp() - sa.literal_column("INTERVAL '1 minute'")
+    begun = sa.case((activity.c.backend_xid.is_not(None), started), else_=sa.func.greatest(started, recently))
+    oldest = sa.select(sa.func.min(begun)).where(activity.c.datname == sa.func.current_database(), started.is_not(None))
+    return sa.select(sa.func.least(sa.func.clock_timestamp(), oldest.scalar_subquery(), type_=INSTANT))
+
+
+def any_event(pieces: sa.Subquery) -> sa.ColumnElement[bool]:
+    """Aggregate to whether pieces hold any event: counted or skipped, not only a time."""
+    return sa.func.sum(pieces.c.counted + pieces.c.skipped) > 0
+
+
+def select_pieces(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.CompoundSelect[Any]:
     """Columns: customer_id, metric_id, window, group_values, updated_at and the MEASURES."""
     pair = _pair_rows(pairs)
-    key = _keys_of(pair.c.customer_id)
+    key = keys_of(pair.c.customer_id)
     cut = _cut(bounds)
     cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(usage_cells, bounds, cut))
     parts: list[sa.Select[Any]] = [
@@ -157,28 +202,59 @@ def _pieces(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bo
             cell.c.metric_id,
             _window(cell.c.cell_start, bounds).label("window"),
             cell.c.group_values,
-            cell.c.updated_at,
-            *(cell.c[name] for name in metric_sql.MEASURES),
+            _updated_at(cell, key).label("updated_at"),
+            *(
+                sa.case((key.c.held, cell.c[name]), else_=0 if name in {"counted", "skipped"} else None).label(name)
+                for name in metric_sql.MEASURES
+            ),
         ).select_from(pair.join(key, sa.true()).join(cell, sa.true()))
     ]
+    if cut:
+        parts.append(_cut_times(pairs, bounds, cut))
     for metric in metrics if cut else ():
         owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
         events = _cut_events(owners, cut)
-        made = metric_sql.cells(metric, events, _window(events.c.timestamp, bounds)).subquery()
-        names = ("metric_id", "cell_start", "group_values", "updated_at", *metric_sql.MEASURES)
-        parts.append(_of_owner(made, names))
+        made = metric_sql.cells(metric, events, _window(events.c.timestamp, bounds))
+        rows = made.add_columns(sa.null().cast(INSTANT).label("updated_at")).subquery()
+        parts.append(_of_owner(rows, ("metric_id", "cell_start", "group_values", "updated_at", *metric_sql.MEASURES)))
     return sa.union_all(*parts)
 
 
-def _distinct_pieces(
+def _cut_times(pairs: Sequence[Pair], bounds: Bounds, cut: Sequence[Span]) -> sa.Select[Any]:
+    """Select for every part of a cut cell a piece with the time at which the cell changed, and nothing else."""
+    pair = _pair_rows(pairs)
+    key = keys_of(pair.c.customer_id)
+    part = _part_rows(cut)
+    cell = _of_key(
+        usage_cells, key.c.key, pair.c.metric_id, usage_cells.c.cell_start == metric_sql.cell_start(part.c.start)
+    )
+    return sa.select(
+        pair.c.customer_id,
+        cell.c.metric_id,
+        _window(part.c.start, bounds).label("window"),
+        cell.c.group_values,
+        _updated_at(cell, key).label("updated_at"),
+        *(
+            (sa.literal_column("0") if name in {"counted", "skipped"} else sa.null().cast(usage_cells.c[name].type))
+            for name in metric_sql.MEASURES
+        ),
+    ).select_from(pair.join(part, sa.true()).join(key, sa.true()).join(cell, sa.true()))
+
+
+def _updated_at(cell: sa.FromClause, key: sa.FromClause) -> sa.ColumnElement[Any]:
+    """Return when a cell became part of its customer's usage as it is, or ceased to be."""
+    return sa.case((key.c.held, sa.func.greatest(cell.c.updated_at, key.c.since)), else_=key.c.since)
+
+
+def select_distinct_pieces(
     metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds
 ) -> sa.CompoundSelect[Any]:
-    """The different values of UNIQUE metrics, as `_pieces` gives the cells.
+    """The different values of UNIQUE metrics, as `select_pieces` gives the cells.
 
     Columns: customer_id, metric_id, window, group_values, value_digest.
     """
     pair = _pair_rows([pair for pair in pairs if any(pair.metric_id == metric.id for metric in metrics)])
-    key = _keys_of(pair.c.customer_id)
+    key = keys_of(pair.c.customer_id)
     cut = _cut(bounds)
     cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(usage_cells, bounds, cut))
     in_cell = [usage_distinct_values.c[name] == cell.c[name] for name in ("cell_start", "group_digest")]
@@ -190,7 +266,7 @@ def _distinct_pieces(
             _window(cell.c.cell_start, bounds).label("window"),
             cell.c.group_values,
             one.c.value_digest,
-        ).select_from(pair.join(key, sa.true()).join(cell, sa.true()).join(one, sa.true()))
+        ).select_from(pair.join(key, key.c.held).join(cell, sa.true()).join(one, sa.true()))
     ]
     for metric in metrics if cut else ():
         owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
@@ -200,7 +276,7 @@ def _distinct_pieces(
     return sa.union_all(*parts)
 
 
-def _measures(metrics: Sequence[BillableMetric], pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
+def measures_of(metrics: Sequence[BillableMetric], pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
     """Aggregate pieces to the fields of Measures."""
     columns = pieces.c
     latest: sa.ColumnElement[Any] = sa.null().cast(NUMERIC)
@@ -253,22 +329,23 @@ def _cut_events(customer_ids: Sequence[uuid.UUID], cut: Sequence[Span]) -> sa.Su
     keys = customer_keys.c
     owned = (keys.organization_id == ORGANIZATION, keys.customer_id == sa.any_(_uuids(customer_ids)))
     owner = sa.select(keys.key).where(*owned).subquery("owner")
-    part = (
-        sa.func.unnest(
-            sa.literal([start for start, _ in cut], ARRAY(INSTANT)), sa.literal([end for _, end in cut], ARRAY(INSTANT))
-        )
-        .table_valued(sa.column("start", INSTANT), sa.column("stop", INSTANT))
-        .render_derived("part")
-    )
+    part = _part_rows(cut)
     events = _events_of_key(owner.c.key, part.c.start, part.c.stop)
     return sa.select(events).select_from(owner.join(part, sa.true()).join(events, sa.true())).subquery("events")
 
 
-def _keys_of(customer_id: sa.ColumnElement[uuid.UUID]) -> LateralFromClause:
-    """Select the keys of a customer."""
-    keys = customer_keys.c
-    owned = (keys.organization_id == ORGANIZATION, keys.customer_id == customer_id)
-    return _fenced(sa.select(keys.key).where(*owned), customer_keys)
+def keys_of(customer_id: sa.ColumnElement[uuid.UUID]) -> LateralFromClause:
+    """Select the keys of a customer: key, whether it is held still, and since when that is so."""
+    parts = [
+        sa.select(table.c.key, held.label("held"), since.label("since"))
+        .where(table.c.organization_id == ORGANIZATION, table.c.customer_id == customer_id)
+        .correlate_except(table)
+        for table, held, since in (
+            (customer_keys, sa.true(), customer_keys.c.attached_at),
+            (released_keys, sa.false(), released_keys.c.released_at),
+        )
+    ]
+    return sa.union_all(*parts).offset(sa.literal_column("0")).lateral()
 
 
 def _of_key(
@@ -327,5 +404,20 @@ def _pair_rows(pairs: Sequence[Pair]) -> Any:
     )
 
 
+def _part_rows(cut: Sequence[Span]) -> Any:
+    return (
+        sa.func.unnest(
+            sa.literal([start for start, _ in cut], ARRAY(INSTANT)), sa.literal([end for _, end in cut], ARRAY(INSTANT))
+        )
+        .table_valued(sa.column("start", INSTANT), sa.column("stop", INSTANT))
+        .render_derived("part")
+    )
+
+
 def _uuids(values: Sequence[uuid.UUID]) -> sa.BindParameter[Any]:
     return sa.literal(list(values), ARRAY(sa.Uuid))
+
+
+def texts(values: Sequence[str]) -> sa.BindParameter[Any]:
+    """Bind strings as an array."""
+    return sa.literal(list(values), ARRAY(sa.Text))

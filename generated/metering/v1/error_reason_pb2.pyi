@@ -85,7 +85,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason":"DUPLICATE_ITEM","domain":"metering","metadata":{"field":"customer_ids[1]","violations":"1"}}
     """
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 26
-    """The page token was changed, or belongs to another organization, method or query. INVALID_ARGUMENT: begin again.
+    """The page or resume token was changed, or belongs to another organization, method or query. INVALID_ARGUMENT: begin
+    again.
     {"reason":"PAGE_TOKEN_INVALID","domain":"metering","metadata":{"field":"page_token","violations":"1"}}
     """
     ERROR_REASON_CUSTOMER_NOT_FOUND: _ErrorReason.ValueType  # 30
@@ -116,6 +117,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The metric is still counting events of the past. FAILED_PRECONDITION, with RetryInfo.
     {"reason":"METRIC_BACKFILLING","domain":"metering","metadata":{"ids":"222796fd-d29c-429e-89b2-549fabda4ed6","progress":"0.42"}}
     """
+    ERROR_REASON_NO_BILLING_PERIOD: _ErrorReason.ValueType  # 37
+    """The customer has no billing period, or none that holds the present. FAILED_PRECONDITION: give bounds, or see
+    SetBillingPeriod.
+    {"reason":"NO_BILLING_PERIOD","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
+    """
     ERROR_REASON_CREDENTIAL_MISSING: _ErrorReason.ValueType  # 40
     """No credential was sent. UNAUTHENTICATED: send `authorization: Bearer <API key>`.
     {"reason":"CREDENTIAL_MISSING","domain":"metering"}
@@ -137,6 +143,15 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The work could not be done within the caller's deadline, or within the server's limit for one statement (30
     seconds). DEADLINE_EXCEEDED; nothing was stored.
     {"reason":"DEADLINE_TOO_SHORT","domain":"metering"}
+    """
+    ERROR_REASON_SERVER_DRAINING: _ErrorReason.ValueType  # 54
+    """The server is shutting down and ended the stream. UNAVAILABLE, with RetryInfo: go on with another replica, from the
+    last message received or the last batch answered.
+    {"reason":"SERVER_DRAINING","domain":"metering"}
+    """
+    ERROR_REASON_STREAM_STALLED: _ErrorReason.ValueType  # 55
+    """A message of a stream was not taken for too long. ABORTED: go on from the last message received.
+    {"reason":"STREAM_STALLED","domain":"metering"}
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 53
     """A defect of the server. INTERNAL; the request id in the text finds it in the server's log.
@@ -215,7 +230,8 @@ ERROR_REASON_DUPLICATE_ITEM: ErrorReason.ValueType  # 25
 {"reason":"DUPLICATE_ITEM","domain":"metering","metadata":{"field":"customer_ids[1]","violations":"1"}}
 """
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 26
-"""The page token was changed, or belongs to another organization, method or query. INVALID_ARGUMENT: begin again.
+"""The page or resume token was changed, or belongs to another organization, method or query. INVALID_ARGUMENT: begin
+again.
 {"reason":"PAGE_TOKEN_INVALID","domain":"metering","metadata":{"field":"page_token","violations":"1"}}
 """
 ERROR_REASON_CUSTOMER_NOT_FOUND: ErrorReason.ValueType  # 30
@@ -246,6 +262,11 @@ ERROR_REASON_METRIC_BACKFILLING: ErrorReason.ValueType  # 36
 """The metric is still counting events of the past. FAILED_PRECONDITION, with RetryInfo.
 {"reason":"METRIC_BACKFILLING","domain":"metering","metadata":{"ids":"222796fd-d29c-429e-89b2-549fabda4ed6","progress":"0.42"}}
 """
+ERROR_REASON_NO_BILLING_PERIOD: ErrorReason.ValueType  # 37
+"""The customer has no billing period, or none that holds the present. FAILED_PRECONDITION: give bounds, or see
+SetBillingPeriod.
+{"reason":"NO_BILLING_PERIOD","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
+"""
 ERROR_REASON_CREDENTIAL_MISSING: ErrorReason.ValueType  # 40
 """No credential was sent. UNAUTHENTICATED: send `authorization: Bearer <API key>`.
 {"reason":"CREDENTIAL_MISSING","domain":"metering"}
@@ -267,6 +288,15 @@ ERROR_REASON_DEADLINE_TOO_SHORT: ErrorReason.ValueType  # 52
 """The work could not be done within the caller's deadline, or within the server's limit for one statement (30
 seconds). DEADLINE_EXCEEDED; nothing was stored.
 {"reason":"DEADLINE_TOO_SHORT","domain":"metering"}
+"""
+ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 54
+"""The server is shutting down and ended the stream. UNAVAILABLE, with RetryInfo: go on with another replica, from the
+last message received or the last batch answered.
+{"reason":"SERVER_DRAINING","domain":"metering"}
+"""
+ERROR_REASON_STREAM_STALLED: ErrorReason.ValueType  # 55
+"""A message of a stream was not taken for too long. ABORTED: go on from the last message received.
+{"reason":"STREAM_STALLED","domain":"metering"}
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 53
 """A defect of the server. INTERNAL; the request id in the text finds it in the server's log.

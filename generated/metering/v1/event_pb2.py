@@ -27,15 +27,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from metering.v1 import error_reason_pb2 as metering_dot_v1_dot_error__reason__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17metering/v1/event.proto\x12\x0bmetering.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1emetering/v1/error_reason.proto\"\xa9\x01\n\nUsageEvent\x12\x16\n\x0etransaction_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ustomer_id\x18\x02 \x01(\t\x12\x12\n\nevent_type\x18\x03 \x01(\t\x12-\n\ttimestamp\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nproperties\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"V\n\x13IngestEventsRequest\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.metering.v1.UsageEvent\x12\x16\n\x0e\x61ll_or_nothing\x18\x02 \x01(\x08\"e\n\nEventIssue\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.metering.v1.ErrorReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"g\n\x14IngestEventsResponse\x12&\n\x08verdicts\x18\x01 \x03(\x0e\x32\x14.metering.v1.Verdict\x12\'\n\x06issues\x18\x02 \x03(\x0b\x32\x17.metering.v1.EventIssue\"I\n ListUnmatchedCustomerKeysRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\xaa\x01\n\x14UnmatchedCustomerKey\x12\x14\n\x0c\x63ustomer_key\x18\x01 \x01(\t\x12\x13\n\x0b\x65vent_count\x18\x02 \x01(\x03\x12\x33\n\x0f\x66irst_seen_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x80\x01\n!ListUnmatchedCustomerKeysResponse\x12\x42\n\x17unmatched_customer_keys\x18\x01 \x03(\x0b\x32!.metering.v1.UnmatchedCustomerKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*{\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n\x10VERDICT_ACCEPTED\x10\x01\x12\x15\n\x11VERDICT_DUPLICATE\x10\x02\x12\x14\n\x10VERDICT_CONFLICT\x10\x03\x12\x14\n\x10VERDICT_REJECTED\x10\x04\x32\xdf\x01\n\x0c\x45ventService\x12S\n\x0cIngestEvents\x12 .metering.v1.IngestEventsRequest\x1a!.metering.v1.IngestEventsResponse\x12z\n\x19ListUnmatchedCustomerKeys\x12-.metering.v1.ListUnmatchedCustomerKeysRequest\x1a..metering.v1.ListUnmatchedCustomerKeysResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17metering/v1/event.proto\x12\x0bmetering.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1emetering/v1/error_reason.proto\"\xa9\x01\n\nUsageEvent\x12\x16\n\x0etransaction_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ustomer_id\x18\x02 \x01(\t\x12\x12\n\nevent_type\x18\x03 \x01(\t\x12-\n\ttimestamp\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nproperties\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"V\n\x13IngestEventsRequest\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.metering.v1.UsageEvent\x12\x16\n\x0e\x61ll_or_nothing\x18\x02 \x01(\x08\"e\n\nEventIssue\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.metering.v1.ErrorReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"g\n\x14IngestEventsResponse\x12&\n\x08verdicts\x18\x01 \x03(\x0e\x32\x14.metering.v1.Verdict\x12\'\n\x06issues\x18\x02 \x03(\x0b\x32\x17.metering.v1.EventIssue\"P\n\x13StreamEventsRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\'\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x17.metering.v1.UsageEvent\"y\n\x14StreamEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12&\n\x08verdicts\x18\x02 \x03(\x0e\x32\x14.metering.v1.Verdict\x12\'\n\x06issues\x18\x03 \x03(\x0b\x32\x17.metering.v1.EventIssue\"\xe2\x01\n\x13SearchEventsRequest\x12\x17\n\x0ftransaction_ids\x18\x01 \x03(\t\x12\x13\n\x0b\x63ustomer_id\x18\x02 \x01(\t\x12\x12\n\nevent_type\x18\x03 \x01(\t\x12/\n\x0bstarting_on\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rending_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x12\n\npage_token\x18\x07 \x01(\t\"Y\n\x14SearchEventsResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.metering.v1.StoredEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xe3\x01\n\x0bStoredEvent\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.metering.v1.UsageEvent\x12\x1b\n\x13matched_customer_id\x18\x02 \x01(\t\x12/\n\x0bingest_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tvoid_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x07metrics\x18\x05 \x03(\x0b\x32\x1e.metering.v1.MetricExplanation\"\x99\x01\n\x11MetricExplanation\x12\x1a\n\x12\x62illable_metric_id\x18\x01 \x01(\t\x12\x1c\n\x14\x62illable_metric_name\x18\x02 \x01(\t\x12+\n\x07outcome\x18\x03 \x01(\x0e\x32\x1a.metering.v1.MetricOutcome\x12\x0c\n\x04rule\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\"I\n ListUnmatchedCustomerKeysRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\xaa\x01\n\x14UnmatchedCustomerKey\x12\x14\n\x0c\x63ustomer_key\x18\x01 \x01(\t\x12\x13\n\x0b\x65vent_count\x18\x02 \x01(\x03\x12\x33\n\x0f\x66irst_seen_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x80\x01\n!ListUnmatchedCustomerKeysResponse\x12\x42\n\x17unmatched_customer_keys\x18\x01 \x03(\x0b\x32!.metering.v1.UnmatchedCustomerKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*{\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n\x10VERDICT_ACCEPTED\x10\x01\x12\x15\n\x11VERDICT_DUPLICATE\x10\x02\x12\x14\n\x10VERDICT_CONFLICT\x10\x03\x12\x14\n\x10VERDICT_REJECTED\x10\x04*\xa3\x01\n\rMetricOutcome\x12\x1e\n\x1aMETRIC_OUTCOME_UNSPECIFIED\x10\x00\x12\x1a\n\x16METRIC_OUTCOME_COUNTED\x10\x01\x12\x1a\n\x16METRIC_OUTCOME_SKIPPED\x10\x02\x12\x1e\n\x1aMETRIC_OUTCOME_NOT_MATCHED\x10\x03\x12\x1a\n\x16METRIC_OUTCOME_PENDING\x10\x04\x32\x8d\x03\n\x0c\x45ventService\x12S\n\x0cIngestEvents\x12 .metering.v1.IngestEventsRequest\x1a!.metering.v1.IngestEventsResponse\x12W\n\x0cStreamEvents\x12 .metering.v1.StreamEventsRequest\x1a!.metering.v1.StreamEventsResponse(\x01\x30\x01\x12S\n\x0cSearchEvents\x12 .metering.v1.SearchEventsRequest\x1a!.metering.v1.SearchEventsResponse\x12z\n\x19ListUnmatchedCustomerKeys\x12-.metering.v1.ListUnmatchedCustomerKeysRequest\x1a..metering.v1.ListUnmatchedCustomerKeysResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'metering.v1.event_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERDICT']._serialized_start=982
-  _globals['_VERDICT']._serialized_end=1105
+  _globals['_VERDICT']._serialized_start=1893
+  _globals['_VERDICT']._serialized_end=2016
+  _globals['_METRICOUTCOME']._serialized_start=2019
+  _globals['_METRICOUTCOME']._serialized_end=2182
   _globals['_USAGEEVENT']._serialized_start=136
   _globals['_USAGEEVENT']._serialized_end=305
   _globals['_INGESTEVENTSREQUEST']._serialized_start=307
@@ -44,12 +46,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVENTISSUE']._serialized_end=496
   _globals['_INGESTEVENTSRESPONSE']._serialized_start=498
   _globals['_INGESTEVENTSRESPONSE']._serialized_end=601
-  _globals['_LISTUNMATCHEDCUSTOMERKEYSREQUEST']._serialized_start=603
-  _globals['_LISTUNMATCHEDCUSTOMERKEYSREQUEST']._serialized_end=676
-  _globals['_UNMATCHEDCUSTOMERKEY']._serialized_start=679
-  _globals['_UNMATCHEDCUSTOMERKEY']._serialized_end=849
-  _globals['_LISTUNMATCHEDCUSTOMERKEYSRESPONSE']._serialized_start=852
-  _globals['_LISTUNMATCHEDCUSTOMERKEYSRESPONSE']._serialized_end=980
-  _globals['_EVENTSERVICE']._serialized_start=1108
-  _globals['_EVENTSERVICE']._serialized_end=1331
+  _globals['_STREAMEVENTSREQUEST']._serialized_start=603
+  _globals['_STREAMEVENTSREQUEST']._serialized_end=683
+  _globals['_STREAMEVENTSRESPONSE']._serialized_start=685
+  _globals['_STREAMEVENTSRESPONSE']._serialized_end=806
+  _globals['_SEARCHEVENTSREQUEST']._serialized_start=809
+  _globals['_SEARCHEVENTSREQUEST']._serialized_end=1035
+  _globals['_SEARCHEVENTSRESPONSE']._serialized_start=1037
+  _globals['_SEARCHEVENTSRESPONSE']._serialized_end=1126
+  _globals['_STOREDEVENT']._serialized_start=1129
+  _globals['_STOREDEVENT']._serialized_end=1356
+  _globals['_METRICEXPLANATION']._serialized_start=1359
+  _globals['_METRICEXPLANATION']._serialized_end=1512
+  _globals['_LISTUNMATCHEDCUSTOMERKEYSREQUEST']._serialized_start=1514
+  _globals['_LISTUNMATCHEDCUSTOMERKEYSREQUEST']._serialized_end=1587
+  _globals['_UNMATCHEDCUSTOMERKEY']._serialized_start=1590
+  _globals['_UNMATCHEDCUSTOMERKEY']._serialized_end=1760
+  _globals['_LISTUNMATCHEDCUSTOMERKEYSRESPONSE']._serialized_start=1763
+  _globals['_LISTUNMATCHEDCUSTOMERKEYSRESPONSE']._serialized_end=1891
+  _globals['_EVENTSERVICE']._serialized_start=2185
+  _globals['_EVENTSERVICE']._serialized_end=2582
 # @@protoc_insertion_point(module_scope)

@@ -58,6 +58,38 @@ VERDICT_REJECTED: Verdict.ValueType  # 4
 """The event is not valid and was not stored; its issues say why."""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
+class _MetricOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MetricOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MetricOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    METRIC_OUTCOME_UNSPECIFIED: _MetricOutcome.ValueType  # 0
+    """Never sent."""
+    METRIC_OUTCOME_COUNTED: _MetricOutcome.ValueType  # 1
+    """The event is part of the metric's usage."""
+    METRIC_OUTCOME_SKIPPED: _MetricOutcome.ValueType  # 2
+    """It matches, but has no value that can be aggregated; it is in the window's `skipped_count`."""
+    METRIC_OUTCOME_NOT_MATCHED: _MetricOutcome.ValueType  # 3
+    """It does not match; `rule` says why."""
+    METRIC_OUTCOME_PENDING: _MetricOutcome.ValueType  # 4
+    """It matches, and will be counted once the metric has counted its past."""
+
+class MetricOutcome(_MetricOutcome, metaclass=_MetricOutcomeEnumTypeWrapper):
+    """How a metric takes an event."""
+
+METRIC_OUTCOME_UNSPECIFIED: MetricOutcome.ValueType  # 0
+"""Never sent."""
+METRIC_OUTCOME_COUNTED: MetricOutcome.ValueType  # 1
+"""The event is part of the metric's usage."""
+METRIC_OUTCOME_SKIPPED: MetricOutcome.ValueType  # 2
+"""It matches, but has no value that can be aggregated; it is in the window's `skipped_count`."""
+METRIC_OUTCOME_NOT_MATCHED: MetricOutcome.ValueType  # 3
+"""It does not match; `rule` says why."""
+METRIC_OUTCOME_PENDING: MetricOutcome.ValueType  # 4
+"""It matches, and will be counted once the metric has counted its past."""
+Global___MetricOutcome: _TypeAlias = MetricOutcome  # noqa: Y015
+
 @_typing.final
 class UsageEvent(_message.Message):
     """One fact about usage: who used what, when, with which properties."""
@@ -207,6 +239,240 @@ class IngestEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IngestEventsResponse: _TypeAlias = IngestEventsResponse  # noqa: Y015
+
+@_typing.final
+class StreamEventsRequest(_message.Message):
+    """One batch of StreamEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """The batch's number: 1 for the first of a stream, then one more each time."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageEvent]:
+        """The events, 1..10,000 of them. Where one transaction id stands twice, the first wins."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        events: _abc.Iterable[Global___UsageEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamEventsRequest: _TypeAlias = StreamEventsRequest  # noqa: Y015
+
+@_typing.final
+class StreamEventsResponse(_message.Message):
+    """The answer to one batch: its accepted events are durable and counted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    VERDICTS_FIELD_NUMBER: _builtins.int
+    ISSUES_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """The number of the batch."""
+    @_builtins.property
+    def verdicts(self) -> _containers.RepeatedScalarFieldContainer[Global___Verdict.ValueType]:
+        """One verdict per event, in the order of the batch."""
+
+    @_builtins.property
+    def issues(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventIssue]:
+        """Reasons of CONFLICT and REJECTED verdicts, as in IngestEventsResponse."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        verdicts: _abc.Iterable[Global___Verdict.ValueType] | None = ...,
+        issues: _abc.Iterable[Global___EventIssue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issues", b"issues", "sequence", b"sequence", "verdicts", b"verdicts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamEventsResponse: _TypeAlias = StreamEventsResponse  # noqa: Y015
+
+@_typing.final
+class SearchEventsRequest(_message.Message):
+    """The request of SearchEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSACTION_IDS_FIELD_NUMBER: _builtins.int
+    CUSTOMER_ID_FIELD_NUMBER: _builtins.int
+    EVENT_TYPE_FIELD_NUMBER: _builtins.int
+    STARTING_ON_FIELD_NUMBER: _builtins.int
+    ENDING_BEFORE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    customer_id: _builtins.str
+    """Only events of this customer: a customer's UUID finds events under any of its keys, any other text those that were
+    sent with exactly this key. Empty = all.
+    """
+    event_type: _builtins.str
+    """Only events of this type. Empty = all."""
+    page_size: _builtins.int
+    """Most events wanted in one page. 0 = 100; values above 1,000 are taken as 1,000; negative is INVALID_ARGUMENT."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before, or empty for the first page."""
+    @_builtins.property
+    def transaction_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Transaction ids to look up, all different, at most 1,000. No other criterion may stand beside them."""
+
+    @_builtins.property
+    def starting_on(self) -> _timestamp_pb2.Timestamp:
+        """Only events with a timestamp from here on. Unset = from the beginning."""
+
+    @_builtins.property
+    def ending_before(self) -> _timestamp_pb2.Timestamp:
+        """Only events with a timestamp before. Unset = no end."""
+
+    def __init__(
+        self,
+        *,
+        transaction_ids: _abc.Iterable[_builtins.str] | None = ...,
+        customer_id: _builtins.str = ...,
+        event_type: _builtins.str = ...,
+        starting_on: _timestamp_pb2.Timestamp | None = ...,
+        ending_before: _timestamp_pb2.Timestamp | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ending_before", b"ending_before", "starting_on", b"starting_on"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer_id", b"customer_id", "ending_before", b"ending_before", "event_type", b"event_type", "page_size", b"page_size", "page_token", b"page_token", "starting_on", b"starting_on", "transaction_ids", b"transaction_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchEventsRequest: _TypeAlias = SearchEventsRequest  # noqa: Y015
+
+@_typing.final
+class SearchEventsResponse(_message.Message):
+    """The answer of SearchEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last one."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredEvent]:
+        """The events of this page, latest timestamp first, equal ones by transaction id, descending. A short page, even an
+        empty one, with a token is normal.
+        """
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___StoredEvent] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchEventsResponse: _TypeAlias = SearchEventsResponse  # noqa: Y015
+
+@_typing.final
+class StoredEvent(_message.Message):
+    """An event as stored, and what became of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    MATCHED_CUSTOMER_ID_FIELD_NUMBER: _builtins.int
+    INGEST_TIME_FIELD_NUMBER: _builtins.int
+    VOID_TIME_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    matched_customer_id: _builtins.str
+    """The UUID of the customer that owns the key in `event.customer_id` now. Empty = no customer does, so its usage
+    belongs to nobody yet.
+    """
+    @_builtins.property
+    def event(self) -> Global___UsageEvent:
+        """The event as sent. A number that was sent as a JSON number comes back as one."""
+
+    @_builtins.property
+    def ingest_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was stored."""
+
+    @_builtins.property
+    def void_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was voided: it counts nowhere since. Unset = it was not."""
+
+    @_builtins.property
+    def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricExplanation]:
+        """What each metric made of it; empty if it was voided."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___UsageEvent | None = ...,
+        matched_customer_id: _builtins.str = ...,
+        ingest_time: _timestamp_pb2.Timestamp | None = ...,
+        void_time: _timestamp_pb2.Timestamp | None = ...,
+        metrics: _abc.Iterable[Global___MetricExplanation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "ingest_time", b"ingest_time", "void_time", b"void_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "ingest_time", b"ingest_time", "matched_customer_id", b"matched_customer_id", "metrics", b"metrics", "void_time", b"void_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoredEvent: _TypeAlias = StoredEvent  # noqa: Y015
+
+@_typing.final
+class MetricExplanation(_message.Message):
+    """What one metric made of one event."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BILLABLE_METRIC_ID_FIELD_NUMBER: _builtins.int
+    BILLABLE_METRIC_NAME_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    billable_metric_id: _builtins.str
+    """The metric's UUID."""
+    billable_metric_name: _builtins.str
+    """The metric's name now."""
+    outcome: Global___MetricOutcome.ValueType
+    """The result."""
+    rule: _builtins.str
+    """For NOT_MATCHED and SKIPPED: the part of the metric that decided, as a field path of BillableMetric, for example
+    `property_filters[0].in_values`; of several rules that fail the first.
+    """
+    message: _builtins.str
+    """The same for people, for example `property "region" is missing or none of the values allowed`."""
+    def __init__(
+        self,
+        *,
+        billable_metric_id: _builtins.str = ...,
+        billable_metric_name: _builtins.str = ...,
+        outcome: Global___MetricOutcome.ValueType = ...,
+        rule: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billable_metric_id", b"billable_metric_id", "billable_metric_name", b"billable_metric_name", "message", b"message", "outcome", b"outcome", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MetricExplanation: _TypeAlias = MetricExplanation  # noqa: Y015
 
 @_typing.final
 class ListUnmatchedCustomerKeysRequest(_message.Message):

@@ -43,6 +43,16 @@ class EventServiceStub:
                 request_serializer=metering_dot_v1_dot_event__pb2.IngestEventsRequest.SerializeToString,
                 response_deserializer=metering_dot_v1_dot_event__pb2.IngestEventsResponse.FromString,
                 _registered_method=True)
+        self.StreamEvents = channel.stream_stream(
+                '/metering.v1.EventService/StreamEvents',
+                request_serializer=metering_dot_v1_dot_event__pb2.StreamEventsRequest.SerializeToString,
+                response_deserializer=metering_dot_v1_dot_event__pb2.StreamEventsResponse.FromString,
+                _registered_method=True)
+        self.SearchEvents = channel.unary_unary(
+                '/metering.v1.EventService/SearchEvents',
+                request_serializer=metering_dot_v1_dot_event__pb2.SearchEventsRequest.SerializeToString,
+                response_deserializer=metering_dot_v1_dot_event__pb2.SearchEventsResponse.FromString,
+                _registered_method=True)
         self.ListUnmatchedCustomerKeys = channel.unary_unary(
                 '/metering.v1.EventService/ListUnmatchedCustomerKeys',
                 request_serializer=metering_dot_v1_dot_event__pb2.ListUnmatchedCustomerKeysRequest.SerializeToString,
@@ -73,6 +83,39 @@ class EventServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamEvents(self, request_iterator, context):
+        """Stores batches of events one after another over one stream, each as IngestEvents does, and acknowledges each
+        after its commit, in order.
+
+        The client numbers its batches from 1; every response carries the number of the batch it answers. Up to 8 batches
+        or 8 MiB may be on their way unanswered; then the server stops reading until it has answered one. Closing the
+        sending side is the normal end: the server answers what is left and ends with OK. However a stream ends, a batch
+        that was not answered may or may not be stored: send it again, with the same ids, over a new stream, numbered from
+        1 again.
+
+        A fault of one event is a verdict. Only a malformed message (bytes that do not decode, a wrong number, no events
+        or more than 10,000) ends the stream, with INVALID_ARGUMENT, after the batches before it were answered; likewise
+        UNAVAILABLE when the database does not answer, or when the server shuts down (SERVER_DRAINING, with RetryInfo),
+        and ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchEvents(self, request, context):
+        """Finds stored events, by transaction ids, or by customer, type and time, the latest first; and explains for each
+        which customer it belongs to and which metrics count it, or why they do not.
+
+        Decided by the same rules, in the same statements, that count events. Metrics are all of the organization, in the
+        order of their ids, archived ones included. Ids that are not stored are missing from the answer. Read-only.
+
+        Fails with INVALID_ARGUMENT when both transaction ids and other criteria are given, or on bad ids, bounds, page
+        size or token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListUnmatchedCustomerKeys(self, request, context):
         """Lists the customer keys that events name but no customer owns, in byte order of the key.
 
@@ -90,6 +133,16 @@ def add_EventServiceServicer_to_server(servicer, server):
                     servicer.IngestEvents,
                     request_deserializer=metering_dot_v1_dot_event__pb2.IngestEventsRequest.FromString,
                     response_serializer=metering_dot_v1_dot_event__pb2.IngestEventsResponse.SerializeToString,
+            ),
+            'StreamEvents': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamEvents,
+                    request_deserializer=metering_dot_v1_dot_event__pb2.StreamEventsRequest.FromString,
+                    response_serializer=metering_dot_v1_dot_event__pb2.StreamEventsResponse.SerializeToString,
+            ),
+            'SearchEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchEvents,
+                    request_deserializer=metering_dot_v1_dot_event__pb2.SearchEventsRequest.FromString,
+                    response_serializer=metering_dot_v1_dot_event__pb2.SearchEventsResponse.SerializeToString,
             ),
             'ListUnmatchedCustomerKeys': grpc.unary_unary_rpc_method_handler(
                     servicer.ListUnmatchedCustomerKeys,
@@ -128,6 +181,60 @@ class EventService:
             '/metering.v1.EventService/IngestEvents',
             metering_dot_v1_dot_event__pb2.IngestEventsRequest.SerializeToString,
             metering_dot_v1_dot_event__pb2.IngestEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamEvents(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/metering.v1.EventService/StreamEvents',
+            metering_dot_v1_dot_event__pb2.StreamEventsRequest.SerializeToString,
+            metering_dot_v1_dot_event__pb2.StreamEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metering.v1.EventService/SearchEvents',
+            metering_dot_v1_dot_event__pb2.SearchEventsRequest.SerializeToString,
+            metering_dot_v1_dot_event__pb2.SearchEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

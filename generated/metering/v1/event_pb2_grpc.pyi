@@ -49,6 +49,31 @@ class EventServiceStub:
     Fails with INVALID_ARGUMENT when `events` is empty or holds more than 10,000, RESOURCE_EXHAUSTED (retry later)
     when the server has too much in flight, UNAVAILABLE when the database does not answer.
     """
+    StreamEvents: _grpc.StreamStreamMultiCallable[_event_pb2.StreamEventsRequest, _event_pb2.StreamEventsResponse]
+    """Stores batches of events one after another over one stream, each as IngestEvents does, and acknowledges each
+    after its commit, in order.
+
+    The client numbers its batches from 1; every response carries the number of the batch it answers. Up to 8 batches
+    or 8 MiB may be on their way unanswered; then the server stops reading until it has answered one. Closing the
+    sending side is the normal end: the server answers what is left and ends with OK. However a stream ends, a batch
+    that was not answered may or may not be stored: send it again, with the same ids, over a new stream, numbered from
+    1 again.
+
+    A fault of one event is a verdict. Only a malformed message (bytes that do not decode, a wrong number, no events
+    or more than 10,000) ends the stream, with INVALID_ARGUMENT, after the batches before it were answered; likewise
+    UNAVAILABLE when the database does not answer, or when the server shuts down (SERVER_DRAINING, with RetryInfo),
+    and ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable).
+    """
+    SearchEvents: _grpc.UnaryUnaryMultiCallable[_event_pb2.SearchEventsRequest, _event_pb2.SearchEventsResponse]
+    """Finds stored events, by transaction ids, or by customer, type and time, the latest first; and explains for each
+    which customer it belongs to and which metrics count it, or why they do not.
+
+    Decided by the same rules, in the same statements, that count events. Metrics are all of the organization, in the
+    order of their ids, archived ones included. Ids that are not stored are missing from the answer. Read-only.
+
+    Fails with INVALID_ARGUMENT when both transaction ids and other criteria are given, or on bad ids, bounds, page
+    size or token.
+    """
     ListUnmatchedCustomerKeys: _grpc.UnaryUnaryMultiCallable[_event_pb2.ListUnmatchedCustomerKeysRequest, _event_pb2.ListUnmatchedCustomerKeysResponse]
     """Lists the customer keys that events name but no customer owns, in byte order of the key.
 
@@ -76,6 +101,31 @@ class EventServiceAsyncStub(EventServiceStub):
     A fault of one event is a verdict inside OK and never sinks the batch, unless `all_or_nothing` is set.
     Fails with INVALID_ARGUMENT when `events` is empty or holds more than 10,000, RESOURCE_EXHAUSTED (retry later)
     when the server has too much in flight, UNAVAILABLE when the database does not answer.
+    """
+    StreamEvents: _aio.StreamStreamMultiCallable[_event_pb2.StreamEventsRequest, _event_pb2.StreamEventsResponse]  # type: ignore[assignment]
+    """Stores batches of events one after another over one stream, each as IngestEvents does, and acknowledges each
+    after its commit, in order.
+
+    The client numbers its batches from 1; every response carries the number of the batch it answers. Up to 8 batches
+    or 8 MiB may be on their way unanswered; then the server stops reading until it has answered one. Closing the
+    sending side is the normal end: the server answers what is left and ends with OK. However a stream ends, a batch
+    that was not answered may or may not be stored: send it again, with the same ids, over a new stream, numbered from
+    1 again.
+
+    A fault of one event is a verdict. Only a malformed message (bytes that do not decode, a wrong number, no events
+    or more than 10,000) ends the stream, with INVALID_ARGUMENT, after the batches before it were answered; likewise
+    UNAVAILABLE when the database does not answer, or when the server shuts down (SERVER_DRAINING, with RetryInfo),
+    and ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable).
+    """
+    SearchEvents: _aio.UnaryUnaryMultiCallable[_event_pb2.SearchEventsRequest, _event_pb2.SearchEventsResponse]  # type: ignore[assignment]
+    """Finds stored events, by transaction ids, or by customer, type and time, the latest first; and explains for each
+    which customer it belongs to and which metrics count it, or why they do not.
+
+    Decided by the same rules, in the same statements, that count events. Metrics are all of the organization, in the
+    order of their ids, archived ones included. Ids that are not stored are missing from the answer. Read-only.
+
+    Fails with INVALID_ARGUMENT when both transaction ids and other criteria are given, or on bad ids, bounds, page
+    size or token.
     """
     ListUnmatchedCustomerKeys: _aio.UnaryUnaryMultiCallable[_event_pb2.ListUnmatchedCustomerKeysRequest, _event_pb2.ListUnmatchedCustomerKeysResponse]  # type: ignore[assignment]
     """Lists the customer keys that events name but no customer owns, in byte order of the key.
@@ -107,6 +157,43 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         A fault of one event is a verdict inside OK and never sinks the batch, unless `all_or_nothing` is set.
         Fails with INVALID_ARGUMENT when `events` is empty or holds more than 10,000, RESOURCE_EXHAUSTED (retry later)
         when the server has too much in flight, UNAVAILABLE when the database does not answer.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamEvents(
+        self,
+        request_iterator: _MaybeAsyncIterator[_event_pb2.StreamEventsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_event_pb2.StreamEventsResponse], _abc.AsyncIterator[_event_pb2.StreamEventsResponse]]:
+        """Stores batches of events one after another over one stream, each as IngestEvents does, and acknowledges each
+        after its commit, in order.
+
+        The client numbers its batches from 1; every response carries the number of the batch it answers. Up to 8 batches
+        or 8 MiB may be on their way unanswered; then the server stops reading until it has answered one. Closing the
+        sending side is the normal end: the server answers what is left and ends with OK. However a stream ends, a batch
+        that was not answered may or may not be stored: send it again, with the same ids, over a new stream, numbered from
+        1 again.
+
+        A fault of one event is a verdict. Only a malformed message (bytes that do not decode, a wrong number, no events
+        or more than 10,000) ends the stream, with INVALID_ARGUMENT, after the batches before it were answered; likewise
+        UNAVAILABLE when the database does not answer, or when the server shuts down (SERVER_DRAINING, with RetryInfo),
+        and ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable).
+        """
+
+    @_abc_1.abstractmethod
+    def SearchEvents(
+        self,
+        request: _event_pb2.SearchEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_event_pb2.SearchEventsResponse, _abc.Awaitable[_event_pb2.SearchEventsResponse]]:
+        """Finds stored events, by transaction ids, or by customer, type and time, the latest first; and explains for each
+        which customer it belongs to and which metrics count it, or why they do not.
+
+        Decided by the same rules, in the same statements, that count events. Metrics are all of the organization, in the
+        order of their ids, archived ones included. Ids that are not stored are missing from the answer. Read-only.
+
+        Fails with INVALID_ARGUMENT when both transaction ids and other criteria are given, or on bad ids, bounds, page
+        size or token.
         """
 
     @_abc_1.abstractmethod

@@ -25,31 +25,59 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17metering/v1/usage.proto\x12\x0bmetering.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"L\n\x16\x42illableMetricSelector\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x08group_by\x18\x02 \x01(\x0b\x32\x14.metering.v1.GroupBy\"&\n\x07GroupBy\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\t\"\xcf\x02\n\x10ListUsageRequest\x12\x14\n\x0c\x63ustomer_ids\x18\x01 \x03(\t\x12=\n\x10\x62illable_metrics\x18\x02 \x03(\x0b\x32#.metering.v1.BillableMetricSelector\x12,\n\x0bwindow_size\x18\x03 \x01(\x0e\x32\x17.metering.v1.WindowSize\x12/\n\x0bstarting_on\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rending_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\ttime_zone\x18\x06 \x01(\t\x12\x1a\n\x12omit_empty_windows\x18\x07 \x01(\x08\x12\x11\n\tpage_size\x18\x08 \x01(\x05\x12\x12\n\npage_token\x18\t \x01(\t\"W\n\x11ListUsageResponse\x12)\n\x07windows\x18\x01 \x03(\x0b\x32\x18.metering.v1.UsageWindow\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd2\x03\n\x0bUsageWindow\x12\x13\n\x0b\x63ustomer_id\x18\x01 \x01(\t\x12\x1a\n\x12\x62illable_metric_id\x18\x02 \x01(\t\x12\x1c\n\x14\x62illable_metric_name\x18\x03 \x01(\t\x12/\n\x0bstarting_on\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rending_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\x05value\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x34\n\x06groups\x18\x07 \x03(\x0b\x32$.metering.v1.UsageWindow.GroupsEntry\x12\x18\n\x10groups_truncated\x18\x08 \x01(\x08\x12\x12\n\nincomplete\x18\t \x01(\x08\x12\x15\n\rskipped_count\x18\n \x01(\x03\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x46\n\x0bGroupsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.metering.v1.GroupValue:\x02\x38\x01\x42\x08\n\x06_value\"*\n\nGroupValue\x12\x12\n\x05value\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_value*j\n\nWindowSize\x12\x1b\n\x17WINDOW_SIZE_UNSPECIFIED\x10\x00\x12\x14\n\x10WINDOW_SIZE_HOUR\x10\x01\x12\x13\n\x0fWINDOW_SIZE_DAY\x10\x02\x12\x14\n\x10WINDOW_SIZE_NONE\x10\x03\x32Z\n\x0cUsageService\x12J\n\tListUsage\x12\x1d.metering.v1.ListUsageRequest\x1a\x1e.metering.v1.ListUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17metering/v1/usage.proto\x12\x0bmetering.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"L\n\x16\x42illableMetricSelector\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x08group_by\x18\x02 \x01(\x0b\x32\x14.metering.v1.GroupBy\"&\n\x07GroupBy\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\t\"\x82\x03\n\x10ListUsageRequest\x12\x14\n\x0c\x63ustomer_ids\x18\x01 \x03(\t\x12=\n\x10\x62illable_metrics\x18\x02 \x03(\x0b\x32#.metering.v1.BillableMetricSelector\x12,\n\x0bwindow_size\x18\x03 \x01(\x0e\x32\x17.metering.v1.WindowSize\x12/\n\x0bstarting_on\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rending_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\ttime_zone\x18\x06 \x01(\t\x12\x1a\n\x12omit_empty_windows\x18\x07 \x01(\x08\x12\x11\n\tpage_size\x18\x08 \x01(\x05\x12\x12\n\npage_token\x18\t \x01(\t\x12\x31\n\rupdated_since\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8f\x01\n\x11ListUsageResponse\x12)\n\x07windows\x18\x01 \x03(\x0b\x32\x18.metering.v1.UsageWindow\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x36\n\x12next_updated_since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf3\x02\n\x12StreamUsageRequest\x12\x14\n\x0c\x63ustomer_ids\x18\x01 \x03(\t\x12=\n\x10\x62illable_metrics\x18\x02 \x03(\x0b\x32#.metering.v1.BillableMetricSelector\x12,\n\x0bwindow_size\x18\x03 \x01(\x0e\x32\x17.metering.v1.WindowSize\x12/\n\x0bstarting_on\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rending_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\ttime_zone\x18\x06 \x01(\t\x12\x1a\n\x12omit_empty_windows\x18\x07 \x01(\x08\x12\x14\n\x0cresume_token\x18\x08 \x01(\t\x12\x31\n\rupdated_since\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa0\x01\n\x13StreamUsageResponse\x12)\n\x07windows\x18\x01 \x03(\x0b\x32\x18.metering.v1.UsageWindow\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x36\n\x12next_updated_since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb4\x04\n\x1aListUsageWithGroupsRequest\x12\x13\n\x0b\x63ustomer_id\x18\x01 \x01(\t\x12\x1a\n\x12\x62illable_metric_id\x18\x02 \x01(\t\x12,\n\x0bwindow_size\x18\x03 \x01(\x0e\x32\x17.metering.v1.WindowSize\x12/\n\x0bstarting_on\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rending_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63urrent_period\x18\x06 \x01(\x08\x12\x11\n\tgroup_key\x18\x07 \x03(\t\x12P\n\rgroup_filters\x18\x08 \x03(\x0b\x32\x39.metering.v1.ListUsageWithGroupsRequest.GroupFiltersEntry\x12\x11\n\ttime_zone\x18\t \x01(\t\x12\x1a\n\x12omit_empty_windows\x18\n \x01(\x08\x12\x11\n\tpage_size\x18\x0b \x01(\x05\x12\x12\n\npage_token\x18\x0c \x01(\t\x12\x31\n\rupdated_since\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1aM\n\x11GroupFiltersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.metering.v1.GroupFilter:\x02\x38\x01\"\x1d\n\x0bGroupFilter\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xa0\x01\n\x1bListUsageWithGroupsResponse\x12\x30\n\x07windows\x18\x01 \x03(\x0b\x32\x1f.metering.v1.GroupedUsageWindow\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x36\n\x12next_updated_since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xdb\x02\n\x12GroupedUsageWindow\x12/\n\x0bstarting_on\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rending_before\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x39\n\x05group\x18\x03 \x03(\x0b\x32*.metering.v1.GroupedUsageWindow.GroupEntry\x12\x12\n\x05value\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x12\n\nincomplete\x18\x05 \x01(\x08\x12\x15\n\rskipped_count\x18\x06 \x01(\x03\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a,\n\nGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_value\"\xa7\x04\n\x1cStreamUsageWithGroupsRequest\x12\x13\n\x0b\x63ustomer_id\x18\x01 \x01(\t\x12\x1a\n\x12\x62illable_metric_id\x18\x02 \x01(\t\x12,\n\x0bwindow_size\x18\x03 \x01(\x0e\x32\x17.metering.v1.WindowSize\x12/\n\x0bstarting_on\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rending_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63urrent_period\x18\x06 \x01(\x08\x12\x11\n\tgroup_key\x18\x07 \x03(\t\x12R\n\rgroup_filters\x18\x08 \x03(\x0b\x32;.metering.v1.StreamUsageWithGroupsRequest.GroupFiltersEntry\x12\x11\n\ttime_zone\x18\t \x01(\t\x12\x1a\n\x12omit_empty_windows\x18\n \x01(\x08\x12\x14\n\x0cresume_token\x18\x0b \x01(\t\x12\x31\n\rupdated_since\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1aM\n\x11GroupFiltersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.metering.v1.GroupFilter:\x02\x38\x01\"\xb1\x01\n\x1dStreamUsageWithGroupsResponse\x12\x30\n\x07windows\x18\x01 \x03(\x0b\x32\x1f.metering.v1.GroupedUsageWindow\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x36\n\x12next_updated_since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd2\x03\n\x0bUsageWindow\x12\x13\n\x0b\x63ustomer_id\x18\x01 \x01(\t\x12\x1a\n\x12\x62illable_metric_id\x18\x02 \x01(\t\x12\x1c\n\x14\x62illable_metric_name\x18\x03 \x01(\t\x12/\n\x0bstarting_on\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rending_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\x05value\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x34\n\x06groups\x18\x07 \x03(\x0b\x32$.metering.v1.UsageWindow.GroupsEntry\x12\x18\n\x10groups_truncated\x18\x08 \x01(\x08\x12\x12\n\nincomplete\x18\t \x01(\x08\x12\x15\n\rskipped_count\x18\n \x01(\x03\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x46\n\x0bGroupsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.metering.v1.GroupValue:\x02\x38\x01\x42\x08\n\x06_value\"*\n\nGroupValue\x12\x12\n\x05value\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_value*j\n\nWindowSize\x12\x1b\n\x17WINDOW_SIZE_UNSPECIFIED\x10\x00\x12\x14\n\x10WINDOW_SIZE_HOUR\x10\x01\x12\x13\n\x0fWINDOW_SIZE_DAY\x10\x02\x12\x14\n\x10WINDOW_SIZE_NONE\x10\x03\x32\x8a\x03\n\x0cUsageService\x12J\n\tListUsage\x12\x1d.metering.v1.ListUsageRequest\x1a\x1e.metering.v1.ListUsageResponse\x12h\n\x13ListUsageWithGroups\x12\'.metering.v1.ListUsageWithGroupsRequest\x1a(.metering.v1.ListUsageWithGroupsResponse\x12R\n\x0bStreamUsage\x12\x1f.metering.v1.StreamUsageRequest\x1a .metering.v1.StreamUsageResponse0\x01\x12p\n\x15StreamUsageWithGroups\x12).metering.v1.StreamUsageWithGroupsRequest\x1a*.metering.v1.StreamUsageWithGroupsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'metering.v1.usage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_LISTUSAGEWITHGROUPSREQUEST_GROUPFILTERSENTRY']._loaded_options = None
+  _globals['_LISTUSAGEWITHGROUPSREQUEST_GROUPFILTERSENTRY']._serialized_options = b'8\001'
+  _globals['_GROUPEDUSAGEWINDOW_GROUPENTRY']._loaded_options = None
+  _globals['_GROUPEDUSAGEWINDOW_GROUPENTRY']._serialized_options = b'8\001'
+  _globals['_STREAMUSAGEWITHGROUPSREQUEST_GROUPFILTERSENTRY']._loaded_options = None
+  _globals['_STREAMUSAGEWITHGROUPSREQUEST_GROUPFILTERSENTRY']._serialized_options = b'8\001'
   _globals['_USAGEWINDOW_GROUPSENTRY']._loaded_options = None
   _globals['_USAGEWINDOW_GROUPSENTRY']._serialized_options = b'8\001'
-  _globals['_WINDOWSIZE']._serialized_start=1131
-  _globals['_WINDOWSIZE']._serialized_end=1237
+  _globals['_WINDOWSIZE']._serialized_start=3621
+  _globals['_WINDOWSIZE']._serialized_end=3727
   _globals['_BILLABLEMETRICSELECTOR']._serialized_start=73
   _globals['_BILLABLEMETRICSELECTOR']._serialized_end=149
   _globals['_GROUPBY']._serialized_start=151
   _globals['_GROUPBY']._serialized_end=189
   _globals['_LISTUSAGEREQUEST']._serialized_start=192
-  _globals['_LISTUSAGEREQUEST']._serialized_end=527
-  _globals['_LISTUSAGERESPONSE']._serialized_start=529
-  _globals['_LISTUSAGERESPONSE']._serialized_end=616
-  _globals['_USAGEWINDOW']._serialized_start=619
-  _globals['_USAGEWINDOW']._serialized_end=1085
-  _globals['_USAGEWINDOW_GROUPSENTRY']._serialized_start=1005
-  _globals['_USAGEWINDOW_GROUPSENTRY']._serialized_end=1075
-  _globals['_GROUPVALUE']._serialized_start=1087
-  _globals['_GROUPVALUE']._serialized_end=1129
-  _globals['_USAGESERVICE']._serialized_start=1239
-  _globals['_USAGESERVICE']._serialized_end=1329
+  _globals['_LISTUSAGEREQUEST']._serialized_end=578
+  _globals['_LISTUSAGERESPONSE']._serialized_start=581
+  _globals['_LISTUSAGERESPONSE']._serialized_end=724
+  _globals['_STREAMUSAGEREQUEST']._serialized_start=727
+  _globals['_STREAMUSAGEREQUEST']._serialized_end=1098
+  _globals['_STREAMUSAGERESPONSE']._serialized_start=1101
+  _globals['_STREAMUSAGERESPONSE']._serialized_end=1261
+  _globals['_LISTUSAGEWITHGROUPSREQUEST']._serialized_start=1264
+  _globals['_LISTUSAGEWITHGROUPSREQUEST']._serialized_end=1828
+  _globals['_LISTUSAGEWITHGROUPSREQUEST_GROUPFILTERSENTRY']._serialized_start=1751
+  _globals['_LISTUSAGEWITHGROUPSREQUEST_GROUPFILTERSENTRY']._serialized_end=1828
+  _globals['_GROUPFILTER']._serialized_start=1830
+  _globals['_GROUPFILTER']._serialized_end=1859
+  _globals['_LISTUSAGEWITHGROUPSRESPONSE']._serialized_start=1862
+  _globals['_LISTUSAGEWITHGROUPSRESPONSE']._serialized_end=2022
+  _globals['_GROUPEDUSAGEWINDOW']._serialized_start=2025
+  _globals['_GROUPEDUSAGEWINDOW']._serialized_end=2372
+  _globals['_GROUPEDUSAGEWINDOW_GROUPENTRY']._serialized_start=2318
+  _globals['_GROUPEDUSAGEWINDOW_GROUPENTRY']._serialized_end=2362
+  _globals['_STREAMUSAGEWITHGROUPSREQUEST']._serialized_start=2375
+  _globals['_STREAMUSAGEWITHGROUPSREQUEST']._serialized_end=2926
+  _globals['_STREAMUSAGEWITHGROUPSREQUEST_GROUPFILTERSENTRY']._serialized_start=1751
+  _globals['_STREAMUSAGEWITHGROUPSREQUEST_GROUPFILTERSENTRY']._serialized_end=1828
+  _globals['_STREAMUSAGEWITHGROUPSRESPONSE']._serialized_start=2929
+  _globals['_STREAMUSAGEWITHGROUPSRESPONSE']._serialized_end=3106
+  _globals['_USAGEWINDOW']._serialized_start=3109
+  _globals['_USAGEWINDOW']._serialized_end=3575
+  _globals['_USAGEWINDOW_GROUPSENTRY']._serialized_start=3495
+  _globals['_USAGEWINDOW_GROUPSENTRY']._serialized_end=3565
+  _globals['_GROUPVALUE']._serialized_start=3577
+  _globals['_GROUPVALUE']._serialized_end=3619
+  _globals['_USAGESERVICE']._serialized_start=3730
+  _globals['_USAGESERVICE']._serialized_end=4124
 # @@protoc_insertion_point(module_scope)

@@ -126,6 +126,7 @@ class ListUsageRequest(_message.Message):
     OMIT_EMPTY_WINDOWS_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    UPDATED_SINCE_FIELD_NUMBER: _builtins.int
     window_size: Global___WindowSize.ValueType
     """Length of the windows. Required."""
     time_zone: _builtins.str
@@ -156,6 +157,13 @@ class ListUsageRequest(_message.Message):
     def ending_before(self) -> _timestamp_pb2.Timestamp:
         """End of the range, exclusive. Required, after `starting_on`, aligned like it."""
 
+    @_builtins.property
+    def updated_since(self) -> _timestamp_pb2.Timestamp:
+        """If set, only windows whose stored usage changed at or after this instant, that is, with `update_time` from then
+        on. Includes windows whose last event was taken away, without a value (unless `omit_empty_windows` is set too). Pass
+        `next_updated_since` of the last complete read to get all that changed since, and perhaps a little more.
+        """
+
     def __init__(
         self,
         *,
@@ -168,10 +176,11 @@ class ListUsageRequest(_message.Message):
         omit_empty_windows: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        updated_since: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ending_before", b"ending_before", "starting_on", b"starting_on"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ending_before", b"ending_before", "starting_on", b"starting_on", "updated_since", b"updated_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["billable_metrics", b"billable_metrics", "customer_ids", b"customer_ids", "ending_before", b"ending_before", "omit_empty_windows", b"omit_empty_windows", "page_size", b"page_size", "page_token", b"page_token", "starting_on", b"starting_on", "time_zone", b"time_zone", "window_size", b"window_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billable_metrics", b"billable_metrics", "customer_ids", b"customer_ids", "ending_before", b"ending_before", "omit_empty_windows", b"omit_empty_windows", "page_size", b"page_size", "page_token", b"page_token", "starting_on", b"starting_on", "time_zone", b"time_zone", "updated_since", b"updated_since", "window_size", b"window_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -185,25 +194,526 @@ class ListUsageResponse(_message.Message):
 
     WINDOWS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    NEXT_UPDATED_SINCE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Token of the next page; empty on the last one."""
     @_builtins.property
     def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageWindow]:
         """The windows of this page. A short page, even an empty one, with a token is normal."""
 
+    @_builtins.property
+    def next_updated_since(self) -> _timestamp_pb2.Timestamp:
+        """The `updated_since` that gives every change not seen by this read: the same on all its pages, and a little earlier
+        than the first one, so that no change is missed that was being committed then.
+        """
+
     def __init__(
         self,
         *,
         windows: _abc.Iterable[Global___UsageWindow] | None = ...,
         next_page_token: _builtins.str = ...,
+        next_updated_since: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_updated_since", b"next_updated_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "next_updated_since", b"next_updated_since", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListUsageResponse: _TypeAlias = ListUsageResponse  # noqa: Y015
+
+@_typing.final
+class StreamUsageRequest(_message.Message):
+    """The request of StreamUsage: that of ListUsage without paging."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CUSTOMER_IDS_FIELD_NUMBER: _builtins.int
+    BILLABLE_METRICS_FIELD_NUMBER: _builtins.int
+    WINDOW_SIZE_FIELD_NUMBER: _builtins.int
+    STARTING_ON_FIELD_NUMBER: _builtins.int
+    ENDING_BEFORE_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    OMIT_EMPTY_WINDOWS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    UPDATED_SINCE_FIELD_NUMBER: _builtins.int
+    window_size: Global___WindowSize.ValueType
+    """Length of the windows. Required."""
+    time_zone: _builtins.str
+    """IANA name of the zone whose days DAY means. Empty = UTC. INVALID_ARGUMENT with HOUR."""
+    omit_empty_windows: _builtins.bool
+    """If true, windows without any matching event are left out. Default false."""
+    resume_token: _builtins.str
+    """`resume_token` of the last message received of a stream that was cut, or empty to begin. The other fields must be
+    those with which the stream began.
+    """
+    @_builtins.property
+    def customer_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The customers, as in ListUsage."""
+
+    @_builtins.property
+    def billable_metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___BillableMetricSelector]:
+        """The metrics, as in ListUsage."""
+
+    @_builtins.property
+    def starting_on(self) -> _timestamp_pb2.Timestamp:
+        """Start of the range, inclusive. Required; aligned as in ListUsage."""
+
+    @_builtins.property
+    def ending_before(self) -> _timestamp_pb2.Timestamp:
+        """End of the range, exclusive. Required; aligned as in ListUsage."""
+
+    @_builtins.property
+    def updated_since(self) -> _timestamp_pb2.Timestamp:
+        """If set, only windows that changed since, as in ListUsage."""
+
+    def __init__(
+        self,
+        *,
+        customer_ids: _abc.Iterable[_builtins.str] | None = ...,
+        billable_metrics: _abc.Iterable[Global___BillableMetricSelector] | None = ...,
+        window_size: Global___WindowSize.ValueType = ...,
+        starting_on: _timestamp_pb2.Timestamp | None = ...,
+        ending_before: _timestamp_pb2.Timestamp | None = ...,
+        time_zone: _builtins.str = ...,
+        omit_empty_windows: _builtins.bool = ...,
+        resume_token: _builtins.str = ...,
+        updated_since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ending_before", b"ending_before", "starting_on", b"starting_on", "updated_since", b"updated_since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billable_metrics", b"billable_metrics", "customer_ids", b"customer_ids", "ending_before", b"ending_before", "omit_empty_windows", b"omit_empty_windows", "resume_token", b"resume_token", "starting_on", b"starting_on", "time_zone", b"time_zone", "updated_since", b"updated_since", "window_size", b"window_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamUsageRequest: _TypeAlias = StreamUsageRequest  # noqa: Y015
+
+@_typing.final
+class StreamUsageResponse(_message.Message):
+    """One message of StreamUsage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    NEXT_UPDATED_SINCE_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """Where the stream goes on after this message. Never empty."""
+    complete: _builtins.bool
+    """True in the last message only: every window was sent. A stream that ends without it is not complete."""
+    @_builtins.property
+    def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageWindow]:
+        """The next windows: about 64 KiB of them, or none if the server has only empty stretches to report."""
+
+    @_builtins.property
+    def next_updated_since(self) -> _timestamp_pb2.Timestamp:
+        """The `updated_since` that gives every change not seen by this read; as in ListUsage."""
+
+    def __init__(
+        self,
+        *,
+        windows: _abc.Iterable[Global___UsageWindow] | None = ...,
+        resume_token: _builtins.str = ...,
+        complete: _builtins.bool = ...,
+        next_updated_since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_updated_since", b"next_updated_since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "next_updated_since", b"next_updated_since", "resume_token", b"resume_token", "windows", b"windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamUsageResponse: _TypeAlias = StreamUsageResponse  # noqa: Y015
+
+@_typing.final
+class ListUsageWithGroupsRequest(_message.Message):
+    """The request of ListUsageWithGroups."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class GroupFiltersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___GroupFilter: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___GroupFilter | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CUSTOMER_ID_FIELD_NUMBER: _builtins.int
+    BILLABLE_METRIC_ID_FIELD_NUMBER: _builtins.int
+    WINDOW_SIZE_FIELD_NUMBER: _builtins.int
+    STARTING_ON_FIELD_NUMBER: _builtins.int
+    ENDING_BEFORE_FIELD_NUMBER: _builtins.int
+    CURRENT_PERIOD_FIELD_NUMBER: _builtins.int
+    GROUP_KEY_FIELD_NUMBER: _builtins.int
+    GROUP_FILTERS_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    OMIT_EMPTY_WINDOWS_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    UPDATED_SINCE_FIELD_NUMBER: _builtins.int
+    customer_id: _builtins.str
+    """The customer's UUID (not an alias). Required."""
+    billable_metric_id: _builtins.str
+    """The metric's UUID. Required."""
+    window_size: Global___WindowSize.ValueType
+    """Length of the windows. Required."""
+    current_period: _builtins.bool
+    """If true, the range is the customer's billing period that holds the present, its dates being midnights of
+    `time_zone`; no bounds may be given then.
+    """
+    time_zone: _builtins.str
+    """IANA name of the zone whose days DAY and the billing period mean. Empty = UTC. INVALID_ARGUMENT with HOUR."""
+    omit_empty_windows: _builtins.bool
+    """If true, rows without any matching event are left out. Default false: a window without any group is a row with
+    an empty `group` and no value, or with `group_filters` one such row per combination of the values named.
+    """
+    page_size: _builtins.int
+    """Most rows wanted in one page. 0 = 1,000; values above 10,000 are taken as 10,000; negative is INVALID_ARGUMENT.
+    A page is also cut at about 1 MiB; may change between pages.
+    """
+    page_token: _builtins.str
+    """`next_page_token` of the page before, or empty for the first page. The other fields, `page_size` apart, must be
+    those of the first page.
+    """
+    @_builtins.property
+    def starting_on(self) -> _timestamp_pb2.Timestamp:
+        """Start of the range, inclusive. For HOUR a full UTC hour, for DAY the start of a local day. Required with
+        `ending_before` unless `current_period` is set.
+        """
+
+    @_builtins.property
+    def ending_before(self) -> _timestamp_pb2.Timestamp:
+        """End of the range, exclusive. After `starting_on`, aligned like it."""
+
+    @_builtins.property
+    def group_key(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The properties to group by; together they must be one of the metric's declared group keys, in any order. Empty =
+        not grouped.
+        """
+
+    @_builtins.property
+    def group_filters(self) -> _containers.MessageMap[_builtins.str, Global___GroupFilter]:
+        """Which values to list, by property of `group_key`; a property without an entry (or with an empty one) has all. At
+        most 200 values in all, and 10,000 combinations of them. A combination that nothing in a window matches is a row
+        without a value.
+        """
+
+    @_builtins.property
+    def updated_since(self) -> _timestamp_pb2.Timestamp:
+        """If set, only rows that changed since, as in ListUsage."""
+
+    def __init__(
+        self,
+        *,
+        customer_id: _builtins.str = ...,
+        billable_metric_id: _builtins.str = ...,
+        window_size: Global___WindowSize.ValueType = ...,
+        starting_on: _timestamp_pb2.Timestamp | None = ...,
+        ending_before: _timestamp_pb2.Timestamp | None = ...,
+        current_period: _builtins.bool = ...,
+        group_key: _abc.Iterable[_builtins.str] | None = ...,
+        group_filters: _abc.Mapping[_builtins.str, Global___GroupFilter] | None = ...,
+        time_zone: _builtins.str = ...,
+        omit_empty_windows: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        updated_since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ending_before", b"ending_before", "starting_on", b"starting_on", "updated_since", b"updated_since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billable_metric_id", b"billable_metric_id", "current_period", b"current_period", "customer_id", b"customer_id", "ending_before", b"ending_before", "group_filters", b"group_filters", "group_key", b"group_key", "omit_empty_windows", b"omit_empty_windows", "page_size", b"page_size", "page_token", b"page_token", "starting_on", b"starting_on", "time_zone", b"time_zone", "updated_since", b"updated_since", "window_size", b"window_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListUsageWithGroupsRequest: _TypeAlias = ListUsageWithGroupsRequest  # noqa: Y015
+
+@_typing.final
+class GroupFilter(_message.Message):
+    """The values of one property to list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The values, all different, compared byte by byte. Empty = all."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupFilter: _TypeAlias = GroupFilter  # noqa: Y015
+
+@_typing.final
+class ListUsageWithGroupsResponse(_message.Message):
+    """The answer of ListUsageWithGroups."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    NEXT_UPDATED_SINCE_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last one."""
+    @_builtins.property
+    def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupedUsageWindow]:
+        """The rows of this page. A short page, even an empty one, with a token is normal."""
+
+    @_builtins.property
+    def next_updated_since(self) -> _timestamp_pb2.Timestamp:
+        """The `updated_since` that gives every change not seen by this read; as in ListUsage."""
+
+    def __init__(
+        self,
+        *,
+        windows: _abc.Iterable[Global___GroupedUsageWindow] | None = ...,
+        next_page_token: _builtins.str = ...,
+        next_updated_since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_updated_since", b"next_updated_since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "next_updated_since", b"next_updated_since", "windows", b"windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListUsageWithGroupsResponse: _TypeAlias = ListUsageWithGroupsResponse  # noqa: Y015
+
+@_typing.final
+class GroupedUsageWindow(_message.Message):
+    """The usage of one group in one window."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class GroupEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STARTING_ON_FIELD_NUMBER: _builtins.int
+    ENDING_BEFORE_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    INCOMPLETE_FIELD_NUMBER: _builtins.int
+    SKIPPED_COUNT_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    value: _builtins.str
+    """The aggregate as a plain decimal: no exponent, no trailing zeros, no -0. Unset = no usage, which is not zero."""
+    incomplete: _builtins.bool
+    """True if the window had not ended when the first page was read."""
+    skipped_count: _builtins.int
+    """Events of the group that match the metric but were not aggregated: their value was missing, no plain decimal, or
+    out of range.
+    """
+    @_builtins.property
+    def starting_on(self) -> _timestamp_pb2.Timestamp:
+        """Start of the window, inclusive."""
+
+    @_builtins.property
+    def ending_before(self) -> _timestamp_pb2.Timestamp:
+        """End of the window, exclusive."""
+
+    @_builtins.property
+    def group(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The group: value by property. A property that its events lack has no entry; not grouped, or no usage = empty."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When the stored usage behind this row last changed; unset if there is none."""
+
+    def __init__(
+        self,
+        *,
+        starting_on: _timestamp_pb2.Timestamp | None = ...,
+        ending_before: _timestamp_pb2.Timestamp | None = ...,
+        group: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        value: _builtins.str | None = ...,
+        incomplete: _builtins.bool = ...,
+        skipped_count: _builtins.int = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "ending_before", b"ending_before", "starting_on", b"starting_on", "update_time", b"update_time", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "ending_before", b"ending_before", "group", b"group", "incomplete", b"incomplete", "skipped_count", b"skipped_count", "starting_on", b"starting_on", "update_time", b"update_time", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+    _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
+
+Global___GroupedUsageWindow: _TypeAlias = GroupedUsageWindow  # noqa: Y015
+
+@_typing.final
+class StreamUsageWithGroupsRequest(_message.Message):
+    """The request of StreamUsageWithGroups: that of ListUsageWithGroups without paging."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class GroupFiltersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___GroupFilter: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___GroupFilter | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CUSTOMER_ID_FIELD_NUMBER: _builtins.int
+    BILLABLE_METRIC_ID_FIELD_NUMBER: _builtins.int
+    WINDOW_SIZE_FIELD_NUMBER: _builtins.int
+    STARTING_ON_FIELD_NUMBER: _builtins.int
+    ENDING_BEFORE_FIELD_NUMBER: _builtins.int
+    CURRENT_PERIOD_FIELD_NUMBER: _builtins.int
+    GROUP_KEY_FIELD_NUMBER: _builtins.int
+    GROUP_FILTERS_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    OMIT_EMPTY_WINDOWS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    UPDATED_SINCE_FIELD_NUMBER: _builtins.int
+    customer_id: _builtins.str
+    """The customer's UUID (not an alias). Required."""
+    billable_metric_id: _builtins.str
+    """The metric's UUID. Required."""
+    window_size: Global___WindowSize.ValueType
+    """Length of the windows. Required."""
+    current_period: _builtins.bool
+    """If true, the range is the customer's billing period that held the present when the stream began."""
+    time_zone: _builtins.str
+    """IANA name of the zone whose days DAY and the billing period mean. Empty = UTC. INVALID_ARGUMENT with HOUR."""
+    omit_empty_windows: _builtins.bool
+    """If true, rows without any matching event are left out. Default false."""
+    resume_token: _builtins.str
+    """`resume_token` of the last message received of a stream that was cut, or empty to begin. The other fields must be
+    those with which the stream began.
+    """
+    @_builtins.property
+    def starting_on(self) -> _timestamp_pb2.Timestamp:
+        """Start of the range, inclusive; as in ListUsageWithGroups."""
+
+    @_builtins.property
+    def ending_before(self) -> _timestamp_pb2.Timestamp:
+        """End of the range, exclusive; as in ListUsageWithGroups."""
+
+    @_builtins.property
+    def group_key(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The properties to group by; as in ListUsageWithGroups."""
+
+    @_builtins.property
+    def group_filters(self) -> _containers.MessageMap[_builtins.str, Global___GroupFilter]:
+        """Which values to list; as in ListUsageWithGroups."""
+
+    @_builtins.property
+    def updated_since(self) -> _timestamp_pb2.Timestamp:
+        """If set, only rows that changed since, as in ListUsage."""
+
+    def __init__(
+        self,
+        *,
+        customer_id: _builtins.str = ...,
+        billable_metric_id: _builtins.str = ...,
+        window_size: Global___WindowSize.ValueType = ...,
+        starting_on: _timestamp_pb2.Timestamp | None = ...,
+        ending_before: _timestamp_pb2.Timestamp | None = ...,
+        current_period: _builtins.bool = ...,
+        group_key: _abc.Iterable[_builtins.str] | None = ...,
+        group_filters: _abc.Mapping[_builtins.str, Global___GroupFilter] | None = ...,
+        time_zone: _builtins.str = ...,
+        omit_empty_windows: _builtins.bool = ...,
+        resume_token: _builtins.str = ...,
+        updated_since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ending_before", b"ending_before", "starting_on", b"starting_on", "updated_since", b"updated_since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billable_metric_id", b"billable_metric_id", "current_period", b"current_period", "customer_id", b"customer_id", "ending_before", b"ending_before", "group_filters", b"group_filters", "group_key", b"group_key", "omit_empty_windows", b"omit_empty_windows", "resume_token", b"resume_token", "starting_on", b"starting_on", "time_zone", b"time_zone", "updated_since", b"updated_since", "window_size", b"window_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamUsageWithGroupsRequest: _TypeAlias = StreamUsageWithGroupsRequest  # noqa: Y015
+
+@_typing.final
+class StreamUsageWithGroupsResponse(_message.Message):
+    """One message of StreamUsageWithGroups."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    NEXT_UPDATED_SINCE_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """Where the stream goes on after this message. Never empty."""
+    complete: _builtins.bool
+    """True in the last message only: every row was sent. A stream that ends without it is not complete."""
+    @_builtins.property
+    def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupedUsageWindow]:
+        """The next rows: about 64 KiB of them, or none if the server has only empty stretches to report."""
+
+    @_builtins.property
+    def next_updated_since(self) -> _timestamp_pb2.Timestamp:
+        """The `updated_since` that gives every change not seen by this read; as in ListUsage."""
+
+    def __init__(
+        self,
+        *,
+        windows: _abc.Iterable[Global___GroupedUsageWindow] | None = ...,
+        resume_token: _builtins.str = ...,
+        complete: _builtins.bool = ...,
+        next_updated_since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_updated_since", b"next_updated_since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "next_updated_since", b"next_updated_since", "resume_token", b"resume_token", "windows", b"windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamUsageWithGroupsResponse: _TypeAlias = StreamUsageWithGroupsResponse  # noqa: Y015
 
 @_typing.final
 class UsageWindow(_message.Message):
@@ -275,7 +785,9 @@ class UsageWindow(_message.Message):
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When the stored usage behind this window last changed; unset if there is none."""
+        """When the stored usage behind this window last changed: an event in one of its hours was counted or taken away, or a
+        customer key with usage in them came to this customer or left it. Unset if there never was any.
+        """
 
     def __init__(
         self,

@@ -40,6 +40,21 @@ class UsageServiceStub:
                 request_serializer=metering_dot_v1_dot_usage__pb2.ListUsageRequest.SerializeToString,
                 response_deserializer=metering_dot_v1_dot_usage__pb2.ListUsageResponse.FromString,
                 _registered_method=True)
+        self.ListUsageWithGroups = channel.unary_unary(
+                '/metering.v1.UsageService/ListUsageWithGroups',
+                request_serializer=metering_dot_v1_dot_usage__pb2.ListUsageWithGroupsRequest.SerializeToString,
+                response_deserializer=metering_dot_v1_dot_usage__pb2.ListUsageWithGroupsResponse.FromString,
+                _registered_method=True)
+        self.StreamUsage = channel.unary_stream(
+                '/metering.v1.UsageService/StreamUsage',
+                request_serializer=metering_dot_v1_dot_usage__pb2.StreamUsageRequest.SerializeToString,
+                response_deserializer=metering_dot_v1_dot_usage__pb2.StreamUsageResponse.FromString,
+                _registered_method=True)
+        self.StreamUsageWithGroups = channel.unary_stream(
+                '/metering.v1.UsageService/StreamUsageWithGroups',
+                request_serializer=metering_dot_v1_dot_usage__pb2.StreamUsageWithGroupsRequest.SerializeToString,
+                response_deserializer=metering_dot_v1_dot_usage__pb2.StreamUsageWithGroupsResponse.FromString,
+                _registered_method=True)
 
 
 class UsageServiceServicer:
@@ -62,6 +77,45 @@ class UsageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListUsageWithGroups(self, request, context):
+        """Lists the usage of one customer by one metric, a row per window and group, in the order of (start, group values).
+
+        Group values compare by bytes in the order of `group_key`, a missing property after all others. Without
+        `group_key` there is one row per window. Windows without usage are rows too, see `omit_empty_windows`. Every event
+        acknowledged before the call is included; each page is one snapshot. Read-only.
+
+        Fails with INVALID_ARGUMENT on bad bounds, zone, group key, filter, page size or token, when neither bounds nor
+        `current_period` are given or both are, or when more than 10 million windows could result and empty ones are not
+        omitted (WINDOW_COUNT); NOT_FOUND when the customer or metric does not exist; FAILED_PRECONDITION when the metric
+        is still counting the past (METRIC_BACKFILLING, with RetryInfo) or the customer is in no billing period now
+        (NO_BILLING_PERIOD).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamUsage(self, request, context):
+        """Streams what ListUsage pages through: the same windows, in the same order, many per message.
+
+        The stream is complete when a message says so (`complete`), and then ends with OK; one that ends in any other way
+        was cut. Then send the same request with the `resume_token` of the last message received, to any replica, at any
+        time: the stream goes on after that message. Each message is of one snapshot; a message without windows says how
+        far the server has looked. The server reads on only as fast as the messages are taken.
+
+        Fails like ListUsage; further with UNAVAILABLE (SERVER_DRAINING, with RetryInfo) when the server shuts down, and
+        ABORTED (STREAM_STALLED) when a message was not taken for a minute (configurable): resume in both cases. Read-only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamUsageWithGroups(self, request, context):
+        """Streams what ListUsageWithGroups pages through, as StreamUsage does for ListUsage, and fails like both.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_UsageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -69,6 +123,21 @@ def add_UsageServiceServicer_to_server(servicer, server):
                     servicer.ListUsage,
                     request_deserializer=metering_dot_v1_dot_usage__pb2.ListUsageRequest.FromString,
                     response_serializer=metering_dot_v1_dot_usage__pb2.ListUsageResponse.SerializeToString,
+            ),
+            'ListUsageWithGroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUsageWithGroups,
+                    request_deserializer=metering_dot_v1_dot_usage__pb2.ListUsageWithGroupsRequest.FromString,
+                    response_serializer=metering_dot_v1_dot_usage__pb2.ListUsageWithGroupsResponse.SerializeToString,
+            ),
+            'StreamUsage': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamUsage,
+                    request_deserializer=metering_dot_v1_dot_usage__pb2.StreamUsageRequest.FromString,
+                    response_serializer=metering_dot_v1_dot_usage__pb2.StreamUsageResponse.SerializeToString,
+            ),
+            'StreamUsageWithGroups': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamUsageWithGroups,
+                    request_deserializer=metering_dot_v1_dot_usage__pb2.StreamUsageWithGroupsRequest.FromString,
+                    response_serializer=metering_dot_v1_dot_usage__pb2.StreamUsageWithGroupsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -99,6 +168,87 @@ class UsageService:
             '/metering.v1.UsageService/ListUsage',
             metering_dot_v1_dot_usage__pb2.ListUsageRequest.SerializeToString,
             metering_dot_v1_dot_usage__pb2.ListUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUsageWithGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metering.v1.UsageService/ListUsageWithGroups',
+            metering_dot_v1_dot_usage__pb2.ListUsageWithGroupsRequest.SerializeToString,
+            metering_dot_v1_dot_usage__pb2.ListUsageWithGroupsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/metering.v1.UsageService/StreamUsage',
+            metering_dot_v1_dot_usage__pb2.StreamUsageRequest.SerializeToString,
+            metering_dot_v1_dot_usage__pb2.StreamUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamUsageWithGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/metering.v1.UsageService/StreamUsageWithGroups',
+            metering_dot_v1_dot_usage__pb2.StreamUsageWithGroupsRequest.SerializeToString,
+            metering_dot_v1_dot_usage__pb2.StreamUsageWithGroupsResponse.FromString,
             options,
             channel_credentials,
             insecure,

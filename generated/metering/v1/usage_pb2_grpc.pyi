@@ -45,6 +45,32 @@ class UsageServiceStub:
     does not exist; FAILED_PRECONDITION (METRIC_BACKFILLING, with RetryInfo) when a named metric is still counting
     the past.
     """
+    ListUsageWithGroups: _grpc.UnaryUnaryMultiCallable[_usage_pb2.ListUsageWithGroupsRequest, _usage_pb2.ListUsageWithGroupsResponse]
+    """Lists the usage of one customer by one metric, a row per window and group, in the order of (start, group values).
+
+    Group values compare by bytes in the order of `group_key`, a missing property after all others. Without
+    `group_key` there is one row per window. Windows without usage are rows too, see `omit_empty_windows`. Every event
+    acknowledged before the call is included; each page is one snapshot. Read-only.
+
+    Fails with INVALID_ARGUMENT on bad bounds, zone, group key, filter, page size or token, when neither bounds nor
+    `current_period` are given or both are, or when more than 10 million windows could result and empty ones are not
+    omitted (WINDOW_COUNT); NOT_FOUND when the customer or metric does not exist; FAILED_PRECONDITION when the metric
+    is still counting the past (METRIC_BACKFILLING, with RetryInfo) or the customer is in no billing period now
+    (NO_BILLING_PERIOD).
+    """
+    StreamUsage: _grpc.UnaryStreamMultiCallable[_usage_pb2.StreamUsageRequest, _usage_pb2.StreamUsageResponse]
+    """Streams what ListUsage pages through: the same windows, in the same order, many per message.
+
+    The stream is complete when a message says so (`complete`), and then ends with OK; one that ends in any other way
+    was cut. Then send the same request with the `resume_token` of the last message received, to any replica, at any
+    time: the stream goes on after that message. Each message is of one snapshot; a message without windows says how
+    far the server has looked. The server reads on only as fast as the messages are taken.
+
+    Fails like ListUsage; further with UNAVAILABLE (SERVER_DRAINING, with RetryInfo) when the server shuts down, and
+    ABORTED (STREAM_STALLED) when a message was not taken for a minute (configurable): resume in both cases. Read-only.
+    """
+    StreamUsageWithGroups: _grpc.UnaryStreamMultiCallable[_usage_pb2.StreamUsageWithGroupsRequest, _usage_pb2.StreamUsageWithGroupsResponse]
+    """Streams what ListUsageWithGroups pages through, as StreamUsage does for ListUsage, and fails like both."""
 
 @_typing.type_check_only
 class UsageServiceAsyncStub(UsageServiceStub):
@@ -63,6 +89,32 @@ class UsageServiceAsyncStub(UsageServiceStub):
     does not exist; FAILED_PRECONDITION (METRIC_BACKFILLING, with RetryInfo) when a named metric is still counting
     the past.
     """
+    ListUsageWithGroups: _aio.UnaryUnaryMultiCallable[_usage_pb2.ListUsageWithGroupsRequest, _usage_pb2.ListUsageWithGroupsResponse]  # type: ignore[assignment]
+    """Lists the usage of one customer by one metric, a row per window and group, in the order of (start, group values).
+
+    Group values compare by bytes in the order of `group_key`, a missing property after all others. Without
+    `group_key` there is one row per window. Windows without usage are rows too, see `omit_empty_windows`. Every event
+    acknowledged before the call is included; each page is one snapshot. Read-only.
+
+    Fails with INVALID_ARGUMENT on bad bounds, zone, group key, filter, page size or token, when neither bounds nor
+    `current_period` are given or both are, or when more than 10 million windows could result and empty ones are not
+    omitted (WINDOW_COUNT); NOT_FOUND when the customer or metric does not exist; FAILED_PRECONDITION when the metric
+    is still counting the past (METRIC_BACKFILLING, with RetryInfo) or the customer is in no billing period now
+    (NO_BILLING_PERIOD).
+    """
+    StreamUsage: _aio.UnaryStreamMultiCallable[_usage_pb2.StreamUsageRequest, _usage_pb2.StreamUsageResponse]  # type: ignore[assignment]
+    """Streams what ListUsage pages through: the same windows, in the same order, many per message.
+
+    The stream is complete when a message says so (`complete`), and then ends with OK; one that ends in any other way
+    was cut. Then send the same request with the `resume_token` of the last message received, to any replica, at any
+    time: the stream goes on after that message. Each message is of one snapshot; a message without windows says how
+    far the server has looked. The server reads on only as fast as the messages are taken.
+
+    Fails like ListUsage; further with UNAVAILABLE (SERVER_DRAINING, with RetryInfo) when the server shuts down, and
+    ABORTED (STREAM_STALLED) when a message was not taken for a minute (configurable): resume in both cases. Read-only.
+    """
+    StreamUsageWithGroups: _aio.UnaryStreamMultiCallable[_usage_pb2.StreamUsageWithGroupsRequest, _usage_pb2.StreamUsageWithGroupsResponse]  # type: ignore[assignment]
+    """Streams what ListUsageWithGroups pages through, as StreamUsage does for ListUsage, and fails like both."""
 
 class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers with usage: aggregates of events in time windows."""
@@ -84,5 +136,49 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         does not exist; FAILED_PRECONDITION (METRIC_BACKFILLING, with RetryInfo) when a named metric is still counting
         the past.
         """
+
+    @_abc_1.abstractmethod
+    def ListUsageWithGroups(
+        self,
+        request: _usage_pb2.ListUsageWithGroupsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_usage_pb2.ListUsageWithGroupsResponse, _abc.Awaitable[_usage_pb2.ListUsageWithGroupsResponse]]:
+        """Lists the usage of one customer by one metric, a row per window and group, in the order of (start, group values).
+
+        Group values compare by bytes in the order of `group_key`, a missing property after all others. Without
+        `group_key` there is one row per window. Windows without usage are rows too, see `omit_empty_windows`. Every event
+        acknowledged before the call is included; each page is one snapshot. Read-only.
+
+        Fails with INVALID_ARGUMENT on bad bounds, zone, group key, filter, page size or token, when neither bounds nor
+        `current_period` are given or both are, or when more than 10 million windows could result and empty ones are not
+        omitted (WINDOW_COUNT); NOT_FOUND when the customer or metric does not exist; FAILED_PRECONDITION when the metric
+        is still counting the past (METRIC_BACKFILLING, with RetryInfo) or the customer is in no billing period now
+        (NO_BILLING_PERIOD).
+        """
+
+    @_abc_1.abstractmethod
+    def StreamUsage(
+        self,
+        request: _usage_pb2.StreamUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_usage_pb2.StreamUsageResponse], _abc.AsyncIterator[_usage_pb2.StreamUsageResponse]]:
+        """Streams what ListUsage pages through: the same windows, in the same order, many per message.
+
+        The stream is complete when a message says so (`complete`), and then ends with OK; one that ends in any other way
+        was cut. Then send the same request with the `resume_token` of the last message received, to any replica, at any
+        time: the stream goes on after that message. Each message is of one snapshot; a message without windows says how
+        far the server has looked. The server reads on only as fast as the messages are taken.
+
+        Fails like ListUsage; further with UNAVAILABLE (SERVER_DRAINING, with RetryInfo) when the server shuts down, and
+        ABORTED (STREAM_STALLED) when a message was not taken for a minute (configurable): resume in both cases. Read-only.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamUsageWithGroups(
+        self,
+        request: _usage_pb2.StreamUsageWithGroupsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_usage_pb2.StreamUsageWithGroupsResponse], _abc.AsyncIterator[_usage_pb2.StreamUsageWithGroupsResponse]]:
+        """Streams what ListUsageWithGroups pages through, as StreamUsage does for ListUsage, and fails like both."""
 
 def add_UsageServiceServicer_to_server(servicer: UsageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -144,6 +144,12 @@ def upgrade() -> None:
         sa.Column("organization_id", sa.Text(collation="C"), nullable=False),
         sa.Column("key", sa.Text(collation="C"), nullable=False),
         sa.Column("customer_id", sa.Uuid(), nullable=False),
+        sa.Column(
+            "attached_at",
+            postgresql.TIMESTAMP(timezone=True),
+            server_default=sa.text("clock_timestamp()"),
+            nullable=False,
+        ),
         sa.ForeignKeyConstraint(
             ["organization_id", "customer_id"],
             ["customers.organization_id", "customers.id"],
@@ -156,5 +162,18 @@ def upgrade() -> None:
         "customer_keys",
         ["organization_id", "customer_id"],
         unique=False,
+    )
+    op.create_table(
+        "released_keys",
+        sa.Column("organization_id", sa.Text(collation="C"), nullable=False),
+        sa.Column("customer_id", sa.Uuid(), nullable=False),
+        sa.Column("key", sa.Text(collation="C"), nullable=False),
+        sa.Column("released_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["organization_id", "customer_id"],
+            ["customers.organization_id", "customers.id"],
+            name=op.f("released_keys_organization_id_customer_id_fkey"),
+        ),
+        sa.PrimaryKeyConstraint("organization_id", "customer_id", "key", name=op.f("released_keys_pkey")),
     )
     op.bulk_insert(sa.table("organizations", sa.column("id")), [{"id": "default"}])

@@ -1,0 +1,200 @@
+"""Finds stored events, and explains what every metric makes of them by the very rules that count them."""
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, array
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.events import EventQuery, Explanation, MetricOutcome, StoredEvent
+from service.domain.metrics import BillableMetric
+from service.store import metric_sql
+from service.store import metrics as metric_store
+from service.store.cells import ORGANIZATION
+from service.store.compiled import Compiled
+from service.store.organizations import catalog_version
+from service.store.tables import INSTANT, customer_keys, usage_events
+
+# How many events one statement looks at for those of a type, and how long one call may go on with that.
+SCAN = 5_000
+SEARCH_S = 2.0
+# How many results of a metric for an event one page works out.
+EXPLANATIONS_MAX = 20_000
+
+_IDS: sa.BindParameter[Any] = sa.bindparam("transaction_ids", type_=ARRAY(sa.Text))
+
+Key = tuple[datetime, str]
+"""Timestamp and transaction id: what events are listed by, the latest first."""
+
+
+class Explainer:
+    """An organization's metrics as one statement, good for one version of its catalog."""
+
+    def __init__(self, version: int, metrics: Sequence[BillableMetric]) -> None:
+        self.version = version
+        self.metrics = metrics
+        self._failures = [
+            [(rule.path, rule.failure) for rule in metric_sql.rules(metric, usage_events)] for metric in metrics
+        ]
+        outcomes: list[sa.ColumnElement[Any]] = [metric_sql.outcome(metric, usage_events) for metric in metrics]
+        columns = usage_events.c
+        each: sa.ColumnElement[Any] = array(outcomes, type_=sa.Integer)
+        statement = sa.select(columns.transaction_id, each).where(
+            columns.organization_id == ORGANIZATION, columns.transaction_id == sa.any_(_IDS)
+        )
+        self._statement = Compiled(statement)
+
+    async def explain(
+        self, connection: AsyncConnection, organization: str, ids: Sequence[str]
+    ) -> dict[str, list[Explanation]]:
+        """Return what each metric makes of each event, by transaction id."""
+        if not self.metrics:
+            return {}
+        rows: Any = await self._statement.execute(connection, organization=organization, transaction_ids=list(ids))
+        return {row[0]: [self._explanation(i, outcome) for i, outcome in enumerate(row[1])] for row in rows}
+
+    def _explanation(self, i: int, outcome: int) -> Explanation:
+        metric = self.metrics[i]
+        key = metric.aggregation_key
+        match outcome:
+            case metric_sql.COUNTED:
+                return Explanation(metric.id, metric.name, MetricOutcome.COUNTED)
+            case metric_sql.PENDING:
+                return Explanation(metric.id, metric.name, MetricOutcome.PENDING)
+            case metric_sql.MISSING:
+                message = f'property "{key}" is missing'
+                return Explanation(metric.id, metric.name, MetricOutcome.SKIPPED, "aggregation_key", message)
+            case metric_sql.NOT_DECIMAL:
+                message = f'property "{key}" is no plain decimal of at most 38 digits, 18 of them after the point'
+                return Explanation(metric.id, metric.name, MetricOutcome.SKIPPED, "aggregation_key", message)
+            case _:
+                return Explanation(metric.id, metric.name, MetricOutcome.NOT_MATCHED, *self._failures[i][outcome])
+
+
+class Found(NamedTuple):
+    """Events, latest first, the event after which to go on (None = there are no more), and the explainer used."""
+
+    events: Sequence[StoredEvent]
+    following: Key | None
+    explainer: Explainer
+
+
+async def search_events(
+    connection: AsyncConnection,
+    organization: str,
+    query: EventQuery,
+    after: Key | None,
+    limit: int,
+    explainer: Explainer | None,
+) -> Found:
+    """Return up to `limit` events after the one given, explained. Must run in one snapshot.
+
+    `explainer` is the one that an earlier call returned, if there was one; it is replaced when it is out of date.
+    """
+    version = await catalog_version(connection, organization)
+    if explainer is None or explainer.version != version:
+        metrics = await metric_store.all_metrics(connection, organization)
+        # In a thread: an organization with many metrics must not keep the others' calls from the loop.
+        explainer = await asyncio.to_thread(Explainer, version, metrics)
+    limit = max(1, min(limit, EXPLANATIONS_MAX // max(1, len(explainer.metrics))))
+    keys = await _customer_keys(connection, organization, query.customer) if query.customer else None
+    wanted: list[Key] = []
+    scan = SCAN if query.event_type and not query.transaction_ids else limit + 1
+    clock = asyncio.get_running_loop().time
+    late = clock() + SEARCH_S
+    following = after
+    while True:
+        rows = (await connection.execute(_candidates(organization, query, keys, following, scan))).all()
+        wanted += [(row[0], row[1]) for row in rows if row[2]]
+        following = (rows[-1][0], rows[-1][1]) if len(rows) == scan else None
+        if len(wanted) > limit:
+            wanted = wanted[:limit]
+            following = wanted[-1]
+            break
+        if following is None or clock() > late:
+            break
+    ids = [key[1] for key in wanted]
+    explained = await explainer.explain(connection, organization, ids)
+    events = {row.transaction_id: row for row in (await connection.execute(_details(organization, ids)))} if ids else {}
+    found = []
+    for transaction_id in ids:
+        event = StoredEvent(*events[transaction_id])
+        if event.voided_at is None:
+            event = event._replace(explanations=explained.get(transaction_id, ()))
+        found.append(event)
+    return Found(found, following, explainer)
+
+
+async def _customer_keys(connection: AsyncConnection, organization: str, customer: str) -> Sequence[str]:
+    """Return the keys of the customer with this id, or the text itself where no customer has it."""
+    try:
+        customer_id = uuid.UUID(customer)
+    except ValueError:
+        return [customer]
+    query = sa.select(customer_keys.c.key).where(
+        customer_keys.c.organization_id == organization, customer_keys.c.customer_id == customer_id
+    )
+    return (await connection.execute(query)).scalars().all() or [customer]
+
+
+def _candidates(
+    organization: str, query: EventQuery, keys: Sequence[str] | None, after: Key | None, limit: int
+) -> sa.Select[Any]:
+    """Select the next events by everything but their type: timestamp, transaction id, and whether the type fits."""
+    columns = usage_events.c
+    fits = columns.event_type == query.event_type if query.event_type else sa.true()
+    where: list[sa.ColumnElement[bool]] = [columns.organization_id == organization]
+    if query.start is not None:
+        where.append(columns.timestamp >= query.start)
+    if query.end is not None:
+        where.append(columns.timestamp < query.end)
+    if after is not None:
+        # The first condition is implied, and is the one by which the index finds the place.
+        where.append(columns.timestamp <= after[0])
+        last = sa.tuple_(sa.literal(after[0], INSTANT), sa.literal(after[1], columns.transaction_id.type))
+        where.append(sa.tuple_(columns.timestamp, columns.transaction_id) < last)
+    order = (columns.timestamp.desc(), columns.transaction_id.desc())
+    found = sa.select(columns.timestamp, columns.transaction_id, fits.label("fits"))
+    if query.transaction_ids:
+        named = columns.transaction_id == sa.any_(_texts(query.transaction_ids))
+        return found.where(*where, named).order_by(*order).limit(limit)
+    if keys is None:
+        return found.where(*where).order_by(*order).limit(limit)
+    # Key by key, each by the index; then the first of them all.
+    key = sa.func.unnest(_texts(keys)).table_valued("key").render_derived("keys")
+    of_key = found.where(*where, columns.customer_key == key.c.key).order_by(*order).limit(limit)
+    rows = of_key.correlate_except(usage_events).lateral()
+    return (
+        sa.select(rows)
+        .select_from(key.join(rows, sa.true()))
+        .order_by(rows.c.timestamp.desc(), rows.c.transaction_id.collate("C").desc())
+        .limit(limit)
+    )
+
+
+def _details(organization: str, ids: Sequence[str]) -> sa.Select[Any]:
+    """Select the fields of StoredEvent, explanations apart."""
+    columns = usage_events.c
+    owner = sa.and_(customer_keys.c.organization_id == organization, customer_keys.c.key == columns.customer_key)
+    return (
+        sa.select(
+            columns.transaction_id,
+            columns.customer_key,
+            columns.event_type,
+            columns.timestamp,
+            columns.properties,
+            columns.ingested_at,
+            columns.voided_at,
+            customer_keys.c.customer_id,
+        )
+        .select_from(usage_events.outerjoin(customer_keys, owner))
+        .where(columns.organization_id == organization, columns.transaction_id == sa.any_(_texts(ids)))
+    )
+
+
+def _texts(values: Sequence[str]) -> sa.BindParameter[Any]:
+    return sa.literal(list(values), ARRAY(sa.Text))

@@ -1,0 +1,290 @@
+"""Answers grouped usage queries page by page: one customer, one metric, a row per window and group."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.metrics import Aggregation, BillableMetric
+from service.domain.usage import (
+    Group,
+    GroupedPage,
+    GroupedPosition,
+    GroupedQuery,
+    GroupedWindow,
+    Measures,
+    check_group_key,
+    check_row_count,
+    current_windows,
+    value,
+)
+from service.domain.windows import Windows, cell_floor
+from service.store import customers as customer_store
+from service.store import metrics as metric_store
+from service.store import usage_sql
+from service.store.cells import ORGANIZATION
+from service.store.tables import usage_cells
+from service.store.usage import PAGE_S, SLICE_MAX, require_backfilled
+from service.store.usage_sql import Bounds, Pair
+
+# How many cells one statement should have to add up; more only if a single window holds them.
+CELLS_MAX = 20_000
+
+
+async def grouped_page(
+    connection: AsyncConnection,
+    organization: str,
+    query: GroupedQuery,
+    begin: GroupedPosition | None,
+    limit: int,
+    bytes_max: int,
+    now: datetime,
+) -> GroupedPage:
+    """Return up to `limit` rows (and about `bytes_max` bytes) of the query from `begin` on. Must run in one snapshot.
+
+    Raises NotFound for an unknown customer or metric, FailedPrecondition for a metric that is still counting its past
+    or a customer without a billing period at `now`, and InvalidArgument for an undeclared group key or too many rows.
+    """
+    customer = await customer_store.get_customer(connection, organization, query.customer_id)
+    metric = await metric_store.get_metric(connection, organization, query.metric_id)
+    require_backfilled([metric])
+    check_group_key(query, metric)
+    windows = query.windows or current_windows(query, customer, now)
+    if begin is None:
+        check_row_count(query, windows)
+    reader = _Reader(connection, organization, query, windows, metric)
+    rows: list[GroupedWindow] = []
+    size = 0
+    position = begin or GroupedPosition(0)
+    clock = asyncio.get_running_loop().time
+    late = clock() + PAGE_S
+    while True:
+        position = await reader.leap(position) if query.sparse else position
+        if position.window >= len(windows):
+            return GroupedPage(rows, windows, None)
+        if len(rows) >= limit or size >= bytes_max or (position != begin and clock() > late):
+            return GroupedPage(rows, windows, position)
+        count = await reader.count(position, limit - len(rows))
+        found = await reader.rows(position, count, limit - len(rows), bytes_max - size)
+        rows += found.rows
+        size += found.size
+        position = found.following
+
+
+class _Found(NamedTuple):
+    rows: list[GroupedWindow]
+    size: int
+    following: GroupedPosition
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """The parts of one query that every statement of a page needs."""
+
+    connection: AsyncConnection
+    organization: str
+    query: GroupedQuery
+    windows: Windows
+    metric: BillableMetric
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.query.customer_id, self.query.metric_id)
+
+    async def leap(self, position: GroupedPosition) -> GroupedPosition:
+        """Pass over windows that are empty for certain."""
+        bounds = self.windows.slice(position.window, 1)
+        if not bounds:
+            return position
+        used = (await self._execute(usage_sql.next_cell(self.pair, bounds[0][0], self.windows.end)))[0][0]
+        if used is None:
+            return GroupedPosition(len(self.windows))
+        index = self.windows.index_of(max(used, bounds[0][0]))
+        return position if index == position.window else GroupedPosition(index)
+
+    async def count(self, position: GroupedPosition, limit: int) -> int:
+        """Decide how many windows one statement takes: those that hold CELLS_MAX cells, but at least one."""
+        most = max(1, SLICE_MAX // self.query.combinations)
+        if not self.query.sparse:
+            most = min(most, limit)  # each gives at least one row
+        if position.window + 1 == len(self.windows):
+            return 1
+        bounds = self.windows.slice(position.window, 1)
+        after = await self._execute(_cell_after(self.pair, bounds[0][0], self.windows.end, CELLS_MAX))
+        if not after:
+            return most
+        return max(1, min(most, self.windows.index_of(max(after[0][0], bounds[0][0])) - position.window))
+
+    async def rows(self, position: GroupedPosition, count: int, limit: int, bytes_max: int) -> _Found:
+        """Return the next rows of `count` windows, and where to go on."""
+        bounds = self.windows.slice(position.window, count)
+        wanted = _Wanted(self.metric, self.pair, bounds, self.query, position.group)
+        # One more than is wanted tells whether these windows hold more.
+        statement = _rows(wanted, limit + 1, bytes_max)
+        found = await self._execute(statement)
+        places = 1 + len(self.query.group_key)
+        numbers: dict[tuple[Any, ...], int] = {}
+        if found and self.metric.aggregation is Aggregation.UNIQUE:
+            end = (found[-1][0], tuple(found[-1][1:places]))
+            numbers = {tuple(row[:places]): row[places] for row in await self._execute(_distinct_numbers(wanted, end))}
+        rows = []
+        for row in found[:limit]:
+            measures = Measures(*row[places:])
+            if self.metric.aggregation is Aggregation.UNIQUE:
+                measures = measures._replace(counted=numbers.get(tuple(row[:places]), 0))
+            if self.query.omit_empty and not (measures.counted or measures.skipped):
+                continue
+            start, stop = bounds[row[0]]
+            rows.append(
+                GroupedWindow(
+                    start=start,
+                    end=stop,
+                    group=tuple(row[1:places]),
+                    value=value(self.metric.aggregation, measures),
+                    skipped=measures.skipped,
+                    updated_at=measures.updated_at,
+                )
+            )
+        size = sum(self._row_bytes(row[1:places]) for row in found[:limit])
+        if len(found) <= limit and size < bytes_max:
+            return _Found(rows, size, GroupedPosition(position.window + count))
+        last = found[:limit][-1]
+        return _Found(rows, size, GroupedPosition(position.window + last[0], tuple(last[1:places])))
+
+    def _row_bytes(self, group: Group) -> int:
+        return self.query.row_bytes + sum(len(one.encode()) for one in group if one)
+
+    async def _execute(self, statement: sa.Select[Any]) -> Sequence[Any]:
+        rows: Sequence[Any] = (await self.connection.execute(statement, {"organization": self.organization})).all()
+        return rows
+
+
+class _Wanted(NamedTuple):
+    """What the statements share: the metric and pair, the windows, and what of their groups is wanted.
+
+    `after` narrows to the groups of the first window that come after one, and to all of the other windows.
+    """
+
+    metric: BillableMetric
+    pair: Pair
+    bounds: Bounds
+    query: GroupedQuery
+    after: Group | None
+
+    def keyed(self, pieces: sa.CompoundSelect[Any]) -> sa.Subquery:
+        """Select the pieces that pass the filters, each with the values of the group key as columns of their own."""
+        source = pieces.subquery("pieces")
+        values = {}
+        for i, name in enumerate(self.query.group_key):
+            place = self.metric.group_properties.index(name) + 1
+            values[name] = source.c.group_values[place].collate("C").label(f"value_{i}")
+        passes = [values[name] == sa.any_(usage_sql.texts(named)) for name, named in self.query.filters.items()]
+        return sa.select(source, *values.values()).where(*passes).subquery("keyed")
+
+    def key(self, rows: sa.FromClause) -> list[sa.ColumnElement[Any]]:
+        """Return the columns that tell one row from another: the window, and the values of the group key."""
+        return [rows.c.window, *(rows.c[f"value_{i}"] for i in range(len(self.query.group_key)))]
+
+    def follows(self, columns: Sequence[sa.ColumnElement[Any]], window: int, group: Group) -> sa.ColumnElement[bool]:
+        """Condition that a row comes after a group of a window."""
+        given = [sa.literal(window), *(sa.literal(one) for value in group for one in (value is None, value or ""))]
+        return sa.tuple_(*_order(columns)) > sa.tuple_(*given)
+
+
+def _rows(wanted: _Wanted, limit: int, bytes_max: int) -> sa.Select[Any]:
+    """Select the next rows of a grouped listing, in order: window, the values of the key, and the fields of Measures.
+
+    At most `limit`, and about `bytes_max` bytes. Unless such rows are to be left out, every window has a row for each
+    combination of the filters' values that no group matches; without filters that is one row, without values, for a
+    window without groups. `counted` of a UNIQUE metric is the number of its values, not of the different ones.
+    """
+    pieces = wanted.keyed(usage_sql.select_pieces([wanted.metric], [wanted.pair], wanted.bounds))
+    groups = sa.select(*wanted.key(pieces), *usage_sql.measures_of([wanted.metric], pieces))
+    groups = groups.group_by(*wanted.key(pieces))
+    if wanted.query.updated_since is not None:
+        groups = groups.having(sa.func.max(pieces.c.updated_at) >= wanted.query.updated_since)
+    elif wanted.query.group_key:
+        groups = groups.having(usage_sql.any_event(pieces))
+    found = groups.cte("groups")
+    parts: list[sa.Select[Any]] = [sa.select(found)]
+    if not wanted.query.sparse:
+        parts.append(_unmatched_combinations(wanted, found))
+    listed = sa.union_all(*parts).subquery("listed")
+    key = wanted.key(listed)
+    after = [] if wanted.after is None else [wanted.follows(key, 0, wanted.after)]
+    following = sa.select(listed).where(*after).order_by(*_order(key)).limit(limit).subquery("following")
+    key = wanted.key(following)
+    size = sum((sa.func.octet_length(sa.func.coalesce(one, "")) for one in key[1:]), sa.literal(wanted.query.row_bytes))
+    before = sa.func.sum(size).over(order_by=_order(key)) - size
+    cut = sa.select(following, before.label("before")).subquery("cut")
+    return (
+        sa.select(*(one for one in cut.c if one.name != "before"))
+        .where(cut.c.before < bytes_max)
+        .order_by(*_order(wanted.key(cut)))
+    )
+
+
+def _distinct_numbers(wanted: _Wanted, last: tuple[int, Group]) -> sa.Select[Any]:
+    """Select the number of different values per group of a UNIQUE metric, up to a row: window, values, number."""
+    values = wanted.keyed(usage_sql.select_distinct_pieces([wanted.metric], [wanted.pair], wanted.bounds))
+    key = wanted.key(values)
+    within = [sa.not_(wanted.follows(key, *last))]
+    if wanted.after is not None:
+        within.append(wanted.follows(key, 0, wanted.after))
+    return sa.select(*key, sa.func.count(values.c.value_digest.distinct())).where(*within).group_by(*key)
+
+
+def _cell_after(pair: Pair, instant: datetime, end: datetime, number: int) -> sa.Select[Any]:
+    """Select the start of the cell of the pair that comes after `number` others from `instant` on, if there is one."""
+    key = usage_sql.keys_of(sa.literal(pair.customer_id, sa.Uuid))
+    columns = usage_cells.c
+    of_key = (
+        columns.organization_id == ORGANIZATION,
+        columns.metric_id == pair.metric_id,
+        columns.customer_key == key.c.key,
+        columns.cell_start >= cell_floor(instant),
+        columns.cell_start < end,
+    )
+    # Of no key more than are counted off, however many it has.
+    cell = sa.select(columns.cell_start).where(*of_key).order_by(columns.cell_start).limit(number + 1)
+    start = cell.correlate_except(usage_cells).lateral().c.cell_start
+    return sa.select(start).select_from(key.join(start.table, sa.true())).order_by(start).offset(number).limit(1)
+
+
+def _unmatched_combinations(wanted: _Wanted, groups: sa.CTE) -> sa.Select[Any]:
+    """Select, as `_rows` does, the combinations of the filters' values that no group of a window matches."""
+    numbers = list(range(len(wanted.bounds)))
+    source: Any = (
+        sa.func.unnest(sa.literal(numbers, ARRAY(sa.Integer))).table_valued("window").render_derived("windows")
+    )
+    window = source.c.window
+    columns: list[sa.ColumnElement[Any]] = [window]
+    same = [groups.c.window == window]
+    for i, name in enumerate(wanted.query.group_key):
+        if name not in wanted.query.filters:
+            columns.append(sa.null().cast(sa.Text).collate("C").label(f"value_{i}"))
+            continue
+        named = sa.func.unnest(usage_sql.texts(wanted.query.filters[name])).table_valued(sa.column("value", sa.Text))
+        named = named.render_derived(f"named_{i}")
+        source = source.join(named, sa.true())
+        columns.append(named.c.value.collate("C").label(f"value_{i}"))
+        same.append(groups.c[f"value_{i}"] == named.c.value.collate("C"))
+    matched = sa.exists().where(*same)
+    nothing = [
+        sa.literal_column("0") if name in {"counted", "skipped"} else sa.null().cast(groups.c[name].type)
+        for name in Measures._fields
+    ]
+    return sa.select(*columns, *nothing).select_from(source).where(sa.not_(matched))
+
+
+def _order(key: Sequence[sa.ColumnElement[Any]]) -> list[sa.ColumnElement[Any]]:
+    """Return what orders rows by window and then by the values of the key in byte order, missing ones last."""
+    found = [key[0]]
+    for one in key[1:]:
+        found += [one.is_(None), sa.func.coalesce(one, "").collate("C")]
+    return found
