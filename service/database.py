@@ -25,9 +25,10 @@ Result = TypeVar("Result")
 
 WRITES_MAX = 4
 READS_MAX = 6
+STREAM_READS_MAX = 2
 LOOKUPS_MAX = 2
 # Two more than the admitted work needs: the backfill and the health check never wait behind callers.
-POOL_SIZE = WRITES_MAX + READS_MAX + LOOKUPS_MAX + 2
+POOL_SIZE = WRITES_MAX + READS_MAX + STREAM_READS_MAX + LOOKUPS_MAX + 2
 STATEMENT_TIMEOUT_S = 30
 # A whole transaction of a caller: past it the connection, not the statement, must be what hangs.
 TRANSACTION_TIMEOUT_S = 60
@@ -99,6 +100,7 @@ class Database:
         sa.event.listen(self.engine.sync_engine, "connect", _prepare_connection)
         self._writes = asyncio.Semaphore(WRITES_MAX)
         self._reads = asyncio.Semaphore(READS_MAX)
+        self._stream_reads = asyncio.Semaphore(STREAM_READS_MAX)
         self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -115,6 +117,12 @@ class Database:
     ) -> Result:
         """Run `work` in one read-only snapshot. `timeout_s` bounds each statement. Raises as `write`."""
         return await self._shielded(self._reads, lambda: self._snapshot(work, timeout_s, TRANSACTION_TIMEOUT_S))
+
+    async def read_ahead(
+        self, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
+    ) -> Result:
+        """Run `work` as `read` does, for a stream: many streams must not keep waiting who wants a single answer."""
+        return await self._shielded(self._stream_reads, lambda: self._snapshot(work, timeout_s, TRANSACTION_TIMEOUT_S))
 
     async def look_up(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
         """Run a short `work` as `read` does, but never behind callers' queries: a call must know whose it is."""

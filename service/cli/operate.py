@@ -92,6 +92,14 @@ def _database_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Seconds that calls in flight may go on after SIGTERM.",
 )
 @click.option(
+    "--stream-stall",
+    envvar="METERING_STREAM_STALL",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds after which a stream ends whose client does not take the next message.",
+)
+@click.option(
     "--allow-unsafe-database",
     envvar="METERING_ALLOW_UNSAFE_DATABASE",
     is_flag=True,
@@ -106,6 +114,7 @@ def serve(
     max_event_age: float | None,
     max_event_lead: float,
     drain: float,
+    stream_stall: float,
     allow_unsafe_database: bool,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C.
@@ -123,6 +132,7 @@ def serve(
         migrate=migrate,
         allow_unsafe_database=allow_unsafe_database,
         drain=timedelta(seconds=drain),
+        stream_stall=timedelta(seconds=stream_stall),
         time_limits=TimeLimits(ahead=timedelta(hours=max_event_lead), oldest=age),
     )
 

@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 from service.auth import Auth
 from service.errors import MeteringError, Reason, ResourceExhausted, Unauthenticated, invalid
 from service.rpc.status import internal, status
-from service.rpc.streams import Streams
+from service.rpc.streams import ClientGone, Streams
 
 log = structlog.get_logger("metering.rpc")
 
@@ -149,6 +149,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
         try:
             _organization.set(await self._auth.organization(context.invocation_metadata() or ()))
             yield
+        except ClientGone:
+            raise asyncio.CancelledError from None  # what gRPC itself makes of a client that left
         except (Exception, asyncio.CancelledError) as error:
             await _abort(context, _answer(error, context, method, request_id), request_id)
 
@@ -189,7 +191,11 @@ def _answer(error: BaseException, context: Context, method: str, request_id: str
 async def _abort(context: Context, answer: status_pb2.Status, request_id: str) -> None:
     found = rpc_status.to_status(answer)
     trailers = (*found.trailing_metadata, (_REQUEST_ID_KEY, request_id))
-    await context.abort(found.code, found.details, trailing_metadata=trailers)
+    try:
+        await context.abort(found.code, found.details, trailing_metadata=trailers)
+    except grpc.aio.InternalError:
+        # The client left before it took its status. gRPC must not see that as an error of ours.
+        raise asyncio.CancelledError from None
 
 
 def _request_id(context: Context) -> str:

@@ -16,6 +16,10 @@ READ_AHEAD_BYTES = 32 * 1024 * 1024
 READ_BYTES_MAX = 1024 * 1024
 
 
+class ClientGone(Exception):
+    """The client left while a message was on its way; there is nobody to tell."""
+
+
 class Streams:
     """The open streams of one server."""
 
@@ -39,13 +43,18 @@ class Streams:
         return max(MESSAGE_BYTES, min(READ_BYTES_MAX, READ_AHEAD_BYTES // max(1, self._open)))
 
     async def send(self, context: "grpc.aio.ServicerContext[Any, Any]", message: Any) -> None:
-        """Send a message, waiting until the client has room for it; raises Aborted when that takes too long."""
+        """Send a message, waiting until the client has room for it.
+
+        Raises Aborted when that takes too long, ClientGone when it has left.
+        """
         try:
             async with asyncio.timeout(self._stall_s):
                 await context.write(message)
         except TimeoutError:
             text = f"A message was not taken for {self._stall_s:g} s; go on from the last one received."
             raise Aborted(Reason.STREAM_STALLED, text) from None
+        except grpc.aio.InternalError:
+            raise ClientGone from None
 
     def check(self) -> None:
         """Raise Unavailable once the server drains: to be called where a stream can be gone on with."""

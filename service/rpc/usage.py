@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
@@ -31,6 +31,8 @@ from service.rpc.wire import in_slices, timestamp
 from service.rpc.wire import usage as wire
 from service.store import grouped_usage as store_grouped
 from service.store import usage as store
+
+M = TypeVar("M", bound=Message)
 
 # A stream never asks for more rows than can be in what it reads at once.
 ROW_BYTES_MIN = 64
@@ -60,17 +62,17 @@ class _Moment(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """Which part of a listing to read: where it begins, at most how many rows, about how many bytes, and until when."""
+    """Which part of a listing to read: where it begins, at most how many rows and about how many bytes; and how."""
 
     place: Place | None
     limit: int
     size: int
     read_time: datetime
     timeout_s: float | None
+    ahead: bool = False
 
 
 Read = Callable[[_Wanted], Awaitable[_Part]]
-
 
 _NOTHING = _Part((), lambda _: None, None)
 
@@ -87,34 +89,35 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
     async def ListUsage(self, request: pb.ListUsageRequest, context: Context) -> pb.ListUsageResponse:
         """See usage.proto."""
         read = functools.partial(_windows, self._database, organization(), wire.usage_query(request))
-        return pb.ListUsageResponse(**await self._page("ListUsage", request, context, read))
+        return await self._page("ListUsage", request, context, read, pb.ListUsageResponse)
 
     async def ListUsageWithGroups(
         self, request: pb.ListUsageWithGroupsRequest, context: Context
     ) -> pb.ListUsageWithGroupsResponse:
         """See usage.proto."""
         read = functools.partial(_grouped_windows, self._database, organization(), wire.grouped_query(request))
-        return pb.ListUsageWithGroupsResponse(**await self._page("ListUsageWithGroups", request, context, read))
+        return await self._page("ListUsageWithGroups", request, context, read, pb.ListUsageWithGroupsResponse)
 
-    async def StreamUsage(
-        self, request: pb.StreamUsageRequest, context: Context
-    ) -> AsyncIterator[pb.StreamUsageResponse]:
+    def StreamUsage(self, request: pb.StreamUsageRequest, context: Context) -> AsyncIterator[pb.StreamUsageResponse]:
         """See usage.proto."""
         read = functools.partial(_windows, self._database, organization(), wire.usage_query(request))
-        async for message in self._messages("StreamUsage", request, context, read):
-            yield pb.StreamUsageResponse(**message)
+        return self._messages("StreamUsage", request, context, read, pb.StreamUsageResponse)
 
-    async def StreamUsageWithGroups(
+    def StreamUsageWithGroups(
         self, request: pb.StreamUsageWithGroupsRequest, context: Context
     ) -> AsyncIterator[pb.StreamUsageWithGroupsResponse]:
         """See usage.proto."""
         read = functools.partial(_grouped_windows, self._database, organization(), wire.grouped_query(request))
-        async for message in self._messages("StreamUsageWithGroups", request, context, read):
-            yield pb.StreamUsageWithGroupsResponse(**message)
+        return self._messages("StreamUsageWithGroups", request, context, read, pb.StreamUsageWithGroupsResponse)
 
     async def _page(
-        self, method: str, request: pb.ListUsageRequest | pb.ListUsageWithGroupsRequest, context: Context, read: Read
-    ) -> dict[str, Any]:
+        self,
+        method: str,
+        request: pb.ListUsageRequest | pb.ListUsageWithGroupsRequest,
+        context: Context,
+        read: Read,
+        response: Callable[..., M],
+    ) -> M:
         limit = pages.page_size(request.page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         state = await self._tokens.decode(method, request)
         moment = await self._moment(state)
@@ -123,11 +126,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         token = ""
         if part.following is not None:
             token = await self._tokens.encode(method, request, _state(part.following, moment))
-        return {
-            "windows": part.messages,
-            "next_page_token": token,
-            "next_updated_since": timestamp(moment.watermark),
-        }
+        return response(windows=part.messages, next_page_token=token, next_updated_since=timestamp(moment.watermark))
 
     async def _messages(
         self,
@@ -135,7 +134,8 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         request: pb.StreamUsageRequest | pb.StreamUsageWithGroupsRequest,
         context: Context,
         read: Read,
-    ) -> AsyncIterator[dict[str, Any]]:
+        response: Callable[..., M],
+    ) -> AsyncIterator[M]:
         """Yield the messages of a stream. Between them it holds what it has read, and no connection."""
         state = await self._tokens.decode(method, request, "resume_token")
         moment = await self._moment(state)
@@ -145,18 +145,18 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             while True:
                 part = _NOTHING
                 if not ended:
-                    size = self._streams.read_bytes()
+                    size, timeout_s = self._streams.read_bytes(), context.time_remaining()
                     limit = min(PAGE_SIZE_MAX, size // ROW_BYTES_MIN)
-                    part = await read(_Wanted(place, limit, size, moment.read_time, context.time_remaining()))
+                    part = await read(_Wanted(place, limit, size, moment.read_time, timeout_s, ahead=True))
                 start = 0
                 for stop in _message_ends(part.messages):
                     place = part.after(stop - 1) if stop < len(part.messages) else part.following
-                    yield {
-                        "windows": part.messages[start:stop],
-                        "resume_token": await self._tokens.encode(method, request, _state(place, moment)),
-                        "complete": place is None,
-                        "next_updated_since": timestamp(moment.watermark),
-                    }
+                    yield response(
+                        windows=part.messages[start:stop],
+                        resume_token=await self._tokens.encode(method, request, _state(place, moment)),
+                        complete=place is None,
+                        next_updated_since=timestamp(moment.watermark),
+                    )
                     if place is None:
                         return
                     self._streams.check()
@@ -174,7 +174,8 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
 async def _windows(database: Database, org: str, query: UsageQuery, wanted: _Wanted) -> _Part:
     place = wanted.place
     begin = Position(uuid.UUID(place["customer"]), uuid.UUID(place["metric"]), place["window"]) if place else None
-    page = await database.read(
+    read = database.read_ahead if wanted.ahead else database.read
+    page = await read(
         lambda c: store.usage_page(c, org, query, begin, wanted.limit, wanted.size), timeout_s=wanted.timeout_s
     )
 
@@ -199,7 +200,8 @@ async def _grouped_windows(database: Database, org: str, query: GroupedQuery, wa
         # Those of the first page: the billing period that holds the present may be another by now.
         start, end = (datetime.fromisoformat(place[name]) for name in ("start", "end"))
         query = replace(query, windows=Windows(query.size, start, end, query.time_zone or "UTC"))
-    page = await database.read(
+    read = database.read_ahead if wanted.ahead else database.read
+    page = await read(
         lambda c: store_grouped.grouped_page(c, org, query, begin, wanted.limit, wanted.size, wanted.read_time),
         timeout_s=wanted.timeout_s,
     )

@@ -222,7 +222,7 @@ def merge_into_cells(rows: sa.Select[Any]) -> Insert:
                 name: sa.case((newer, new[name]), else_=old[name])
                 for name in ("latest_at", "latest_transaction_id", "latest_value")
             },
-            "updated_at": new.updated_at,
+            "updated_at": sa.func.greatest(old.updated_at, new.updated_at),
         },
     )
 

@@ -176,7 +176,9 @@ def watermark() -> sa.Select[Any]:
     that has not written yet takes its times within moments of writing; a minute is more than enough for them.
     """
     activity = sa.table(
-        "pg_stat_activity", sa.column("xact_start", INSTANT), sa.column("backend_xid"), sa.column("datname")
+        "pg_stat_activity",
+        *(sa.column("xact_start", INSTANT), sa.column("backend_xid")),
+        *(sa.column("datname"), sa.column("backend_type")),
     )
     started = activity.c.xact_start
     recently = sa.func.clock_timestamp() - sa.literal_column("INTERVAL '1 minute'")
