@@ -21,6 +21,7 @@ from service.errors import AlreadyExists, DeadlineExceeded, InvalidArgument, Rea
 from service.store import events as event_store
 from service.store import metrics as metric_store
 from service.store import organizations
+from service.store.compiled import ByCatalog
 
 log = structlog.get_logger("metering.ingest")
 
@@ -59,9 +60,9 @@ class Ingest:
         self._limits = limits
         self._queues: dict[str, _Queue] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # Per organization: the version of its metrics that the statements were built for. Checked in every
-        # transaction, under the lock that keeps the version from moving; only ever an optimization.
-        self._statements: dict[str, tuple[int, event_store.IngestStatements]] = {}
+        # The version is looked up in every transaction, under the lock that keeps it from moving; so this is only ever
+        # an optimization.
+        self._statements: ByCatalog[event_store.IngestStatements] = ByCatalog()
 
     async def ingest(self, organization: str, batch: Batch) -> list[Outcome]:
         """Store the batch's events and return one outcome per event once they are committed.
@@ -163,13 +164,13 @@ class Ingest:
     async def _current_statements(self, connection: AsyncConnection, organization: str) -> event_store.IngestStatements:
         await organizations.lock_shared(connection, organization)
         version = await organizations.catalog_version(connection, organization)
-        known = self._statements.get(organization)
-        if known is None or known[0] != version:
+        known = self._statements.find(organization, version)
+        if known is None:
             metrics = await metric_store.all_metrics(connection, organization)
             # In a thread: an organization with many metrics must not keep the others' calls from the loop.
-            known = (version, await asyncio.to_thread(event_store.ingest_statements, metrics))
-            self._statements[organization] = known
-        return known[1]
+            compiled = await asyncio.to_thread(event_store.ingest_statements, metrics)
+            known = self._statements.keep(organization, version, compiled)
+        return known
 
 
 def _take(calls: deque[_Call]) -> list[_Call]:

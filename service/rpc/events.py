@@ -21,6 +21,7 @@ from service.rpc.wire import events as wire
 from service.rpc.wire import in_slices
 from service.store import event_search
 from service.store import events as store
+from service.store.compiled import ByCatalog
 
 # What a stream may have sent without an answer; then the server stops reading it.
 UNANSWERED_BATCHES_MAX = 8
@@ -38,8 +39,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         self._ingest = ingest
         self._streams = streams
         self._request_bytes = request_bytes
-        # Per organization, for the version of its metrics that it was made for.
-        self._explainers: dict[str, event_search.Explainer] = {}
+        self._explainers: ByCatalog[event_search.Explainer] = ByCatalog()
 
     async def IngestEvents(self, request: pb.IngestEventsRequest, context: Context) -> pb.IngestEventsResponse:
         """See event.proto."""
@@ -76,10 +76,9 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         state = await self._tokens.decode("SearchEvents", request)
         after = (datetime.fromisoformat(state["timestamp"]), state["transaction_id"]) if state else None
         found = await self._database.read(
-            lambda c: event_search.search_events(c, org, query, after, limit, self._explainers.get(org)),
+            lambda c: event_search.search_events(c, org, query, after, limit, self._explainers),
             timeout_s=context.time_remaining(),
         )
-        self._explainers[org] = found.explainer
         messages = await in_slices(wire.stored_event, found.events)
         events, following = fitting(messages, limit), found.following
         if len(events) < len(messages):

@@ -1,11 +1,39 @@
-"""Statements that are worked out once and sent many times."""
+"""Statements that are worked out once and sent many times, for as long as the metrics in them stay what they are."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection
+
+Worked = TypeVar("Worked")
+
+# Of how many organizations the results are kept: one with many metrics takes some megabytes.
+ORGANIZATIONS_MAX = 256
+
+
+class ByCatalog(Generic[Worked]):
+    """What was worked out of organizations' metrics, each for one version of the catalog; the least used is dropped."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[int, Worked]] = {}
+
+    def find(self, organization: str, version: int) -> Worked | None:
+        """Return what was kept for this very version."""
+        kept = self._kept.pop(organization, None)
+        if kept is None or kept[0] != version:
+            return None
+        self._kept[organization] = kept
+        return kept[1]
+
+    def keep(self, organization: str, version: int, worked: Worked) -> Worked:
+        """Keep and return what was worked out for a version."""
+        self._kept.pop(organization, None)
+        self._kept[organization] = (version, worked)
+        if len(self._kept) > ORGANIZATIONS_MAX:
+            del self._kept[next(iter(self._kept))]
+        return worked
 
 
 class Compiled:

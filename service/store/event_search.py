@@ -15,7 +15,7 @@ from service.domain.metrics import BillableMetric
 from service.store import metric_sql
 from service.store import metrics as metric_store
 from service.store.cells import ORGANIZATION
-from service.store.compiled import Compiled
+from service.store.compiled import ByCatalog, Compiled
 from service.store.organizations import catalog_version
 from service.store.tables import INSTANT, customer_keys, usage_events
 
@@ -32,10 +32,9 @@ Key = tuple[datetime, str]
 
 
 class Explainer:
-    """An organization's metrics as one statement, good for one version of its catalog."""
+    """An organization's metrics as one statement."""
 
-    def __init__(self, version: int, metrics: Sequence[BillableMetric]) -> None:
-        self.version = version
+    def __init__(self, metrics: Sequence[BillableMetric]) -> None:
         self.metrics = metrics
         self._failures = [
             [(rule.path, rule.failure) for rule in metric_sql.rules(metric, usage_events)] for metric in metrics
@@ -76,11 +75,10 @@ class Explainer:
 
 
 class Found(NamedTuple):
-    """Events, latest first, the event after which to go on (None = there are no more), and the explainer used."""
+    """Events, latest first, and the one after which to go on (None = there are no more)."""
 
     events: Sequence[StoredEvent]
     following: Key | None
-    explainer: Explainer
 
 
 async def search_events(
@@ -89,17 +87,15 @@ async def search_events(
     query: EventQuery,
     after: Key | None,
     limit: int,
-    explainer: Explainer | None,
+    explainers: ByCatalog[Explainer],
 ) -> Found:
-    """Return up to `limit` events after the one given, explained. Must run in one snapshot.
-
-    `explainer` is the one that an earlier call returned, if there was one; it is replaced when it is out of date.
-    """
+    """Return up to `limit` events after the one given, explained. Must run in one snapshot."""
     version = await catalog_version(connection, organization)
-    if explainer is None or explainer.version != version:
+    explainer = explainers.find(organization, version)
+    if explainer is None:
         metrics = await metric_store.all_metrics(connection, organization)
         # In a thread: an organization with many metrics must not keep the others' calls from the loop.
-        explainer = await asyncio.to_thread(Explainer, version, metrics)
+        explainer = explainers.keep(organization, version, await asyncio.to_thread(Explainer, metrics))
     limit = max(1, min(limit, EXPLANATIONS_MAX // max(1, len(explainer.metrics))))
     keys = await _customer_keys(connection, organization, query.customer) if query.customer else None
     wanted: list[Key] = []
@@ -126,7 +122,7 @@ async def search_events(
         if event.voided_at is None:
             event = event._replace(explanations=explained.get(transaction_id, ()))
         found.append(event)
-    return Found(found, following, explainer)
+    return Found(found, following)
 
 
 async def _customer_keys(connection: AsyncConnection, organization: str, customer: str) -> Sequence[str]:
@@ -134,6 +130,8 @@ async def _customer_keys(connection: AsyncConnection, organization: str, custome
     try:
         customer_id = uuid.UUID(customer)
     except ValueError:
+        return [customer]
+    if str(customer_id) != customer:  # what Python also reads as a UUID, such as one without dashes
         return [customer]
     query = sa.select(customer_keys.c.key).where(
         customer_keys.c.organization_id == organization, customer_keys.c.customer_id == customer_id
