@@ -49,7 +49,7 @@ class BillableMetric:
     """A metric's definition. Everything but the name is fixed at creation; times are aware UTC.
 
     `backfilled_until` is the start of the first hour whose past events are not counted yet; None = all are counted.
-    `backfill_progress` is the share of the past counted so far, for display.
+    `backfill_progress` is the share of the past counted so far, for display; `backfilled_at` is when all of it was.
     """
 
     id: uuid.UUID
@@ -66,6 +66,7 @@ class BillableMetric:
     archived_at: datetime | None = None
     backfilled_until: datetime | None = None
     backfill_progress: float | None = None
+    backfilled_at: datetime | None = None
 
     @property
     def group_properties(self) -> tuple[str, ...]:

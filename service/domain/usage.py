@@ -219,6 +219,16 @@ def value(aggregation: Aggregation, measures: Measures) -> str | None:
     return None if number is None else quantities.plain(number)
 
 
+def changed_at(metric: BillableMetric, updated_at: datetime | None) -> datetime | None:
+    """Return when usage last changed of which the cells did at `updated_at`; None if there never was any.
+
+    What the backfill of a metric counted could not be read before its end, and so changed then.
+    """
+    if updated_at is None or metric.backfilled_at is None:
+        return updated_at
+    return max(updated_at, metric.backfilled_at)
+
+
 def check_groups(selectors: Sequence[MetricSelector], metrics: Sequence[BillableMetric]) -> None:
     """Check that every group key is a declared simple key of its metric; raises InvalidArgument."""
     for i, (selector, metric) in enumerate(zip(selectors, metrics, strict=True)):

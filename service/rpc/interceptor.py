@@ -180,7 +180,8 @@ def _answer(error: BaseException, context: Context, method: str, request_id: str
     """Return the status that an exception becomes; re-raises what gRPC itself must see."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if isinstance(error, asyncio.CancelledError) and context.cancelled():
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and (context.cancelled() or (task and task.cancelling())):
         raise error
     if isinstance(error, MeteringError):
         return status(error)

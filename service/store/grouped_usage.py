@@ -18,6 +18,7 @@ from service.domain.usage import (
     GroupedQuery,
     GroupedWindow,
     Measures,
+    changed_at,
     check_group_key,
     check_row_count,
     current_windows,
@@ -147,7 +148,7 @@ class _Reader:
                     group=tuple(row[1:places]),
                     value=value(self.metric.aggregation, measures),
                     skipped=measures.skipped,
-                    updated_at=measures.updated_at,
+                    updated_at=changed_at(self.metric, measures.updated_at),
                 )
             )
         size = sum(self._row_bytes(row[1:places]) for row in found[:limit])
@@ -206,8 +207,11 @@ def _rows(wanted: _Wanted, limit: int, bytes_max: int) -> sa.Select[Any]:
     pieces = wanted.keyed(usage_sql.select_pieces([wanted.metric], [wanted.pair], wanted.bounds))
     groups = sa.select(*wanted.key(pieces), *usage_sql.measures_of([wanted.metric], pieces))
     groups = groups.group_by(*wanted.key(pieces))
-    if wanted.query.updated_since is not None:
-        groups = groups.having(sa.func.max(pieces.c.updated_at) >= wanted.query.updated_since)
+    since = wanted.query.updated_since
+    if since is not None:
+        first_read = wanted.metric.backfilled_at
+        if first_read is None or first_read < since:
+            groups = groups.having(sa.func.max(pieces.c.updated_at) >= since)
     elif wanted.query.group_key:
         groups = groups.having(usage_sql.any_event(pieces))
     found = groups.cte("groups")

@@ -183,8 +183,11 @@ async def backfill_chunk(
     end = cell_floor(last) + CELL if number < events_max else max(cell_floor(last), cell_floor(first) + CELL)
     await cells.recompute(connection, organization, metric, start, end)
     until = None if number < events_max else end
+    ended = sa.func.clock_timestamp() if until is None else None
     await connection.execute(
-        sa.update(billable_metrics).where(*_one(organization, metric_id)).values(backfilled_until=until)
+        sa.update(billable_metrics)
+        .where(*_one(organization, metric_id))
+        .values(backfilled_until=until, backfilled_at=ended)
     )
     await organizations.bump_catalog_version(connection, organization)
     return until is not None
@@ -225,6 +228,7 @@ def _metric(row: "sa.Row[Any]") -> BillableMetric:
         created_at=row.created_at,
         archived_at=row.archived_at,
         backfilled_until=row.backfilled_until,
+        backfilled_at=row.backfilled_at,
         backfill_progress=_progress(row.backfilled_until, row.backfill_from, row.backfill_to),
     )
 

@@ -121,6 +121,8 @@ billable_metrics = sa.Table(
     sa.Column("backfilled_until", INSTANT),
     sa.Column("backfill_from", INSTANT),
     sa.Column("backfill_to", INSTANT),
+    # When the backfill ended, and its usage could first be read: all of it changed then.
+    sa.Column("backfilled_at", INSTANT),
     sa.UniqueConstraint("organization_id", "key"),
 )
 

@@ -23,6 +23,7 @@ from service.domain.usage import (
     UsagePage,
     UsageQuery,
     UsageWindow,
+    changed_at,
     check_groups,
     check_window_count,
     value,
@@ -226,7 +227,7 @@ class _Reader:
                     groups=values,
                     groups_truncated=truncated,
                     skipped=total.skipped,
-                    updated_at=total.updated_at,
+                    updated_at=changed_at(selected.metric, total.updated_at),
                 )
                 found.append((pair, first + i, window))
         return found

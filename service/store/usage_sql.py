@@ -69,7 +69,7 @@ def pairs_with_usage(
         # Cut cells whole: whether the part in the span changed is found out when its windows are read.
         start = usage_cells.c.cell_start
         cell = _of_key(usage_cells, key.c.key, metric.c.id, start >= cell_floor(span[0]), start < span[1])
-        found.append(exists(cell, _updated_at(cell, key) >= since))
+        found.append(exists(cell, sa.or_(_updated_at(cell, key) >= since, _fresh(metric.c.id, metrics, since))))
     else:
         columns = usage_cells.c
         filled = sa.or_(columns.counted > 0, columns.skipped > 0)
@@ -118,7 +118,11 @@ def totals(
     pieces = select_pieces(metrics, pairs, bounds).subquery("pieces")
     key = _key(pieces)
     statement = sa.select(*key, *measures_of(metrics, pieces)).group_by(*key)
-    return statement if since is None else statement.having(sa.func.max(pieces.c.updated_at) >= since)
+    if since is None:
+        return statement
+    return statement.having(
+        sa.or_(sa.func.max(pieces.c.updated_at) >= since, _fresh(pieces.c.metric_id, metrics, since))
+    )
 
 
 def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.Select[Any] | None:
@@ -386,6 +390,14 @@ def _of_owner(rows: sa.Subquery, names: Sequence[str]) -> sa.Select[Any]:
     return sa.select(customer_keys.c.customer_id, *(rows.c[name] for name in names)).select_from(
         rows.join(customer_keys, owner)
     )
+
+
+def _fresh(
+    metric_id: sa.ColumnElement[uuid.UUID], metrics: Sequence[BillableMetric], since: datetime
+) -> sa.ColumnElement[bool]:
+    """Condition that a metric could be read first after an instant: all its usage is new, however old its cells."""
+    fresh = [one.id for one in metrics if one.backfilled_at is not None and one.backfilled_at >= since]
+    return metric_id == sa.any_(_uuids(fresh))
 
 
 def _key(pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:

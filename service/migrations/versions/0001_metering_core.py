@@ -114,6 +114,7 @@ def upgrade() -> None:
         sa.Column("backfilled_until", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("backfill_from", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("backfill_to", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("backfilled_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(
             ["organization_id"], ["organizations.id"], name=op.f("billable_metrics_organization_id_fkey")
         ),
