@@ -1,11 +1,11 @@
-"""Claims about the client commands, against a fake channel on which each test plays the server."""
+"""Claims about the client commands: unary calls on a fake channel, streams on a scripted server."""
 
 import itertools
 import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,39 +14,21 @@ import grpc
 import grpc_testing  # type: ignore[import-untyped]
 import pytest
 from click.testing import CliRunner, Result
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
+from scripted import Play, Refusal, ScriptedServer, messages, refused, silent
 
-from metering.v1 import error_reason_pb2, event_pb2, usage_pb2
-from service.cli import COMMANDS, client, ingest, main
+from metering.v1 import event_pb2, usage_pb2
+from service.cli import COMMANDS, client, events, ingest, main
 
-INGEST = event_pb2.DESCRIPTOR.services_by_name["EventService"].methods_by_name["IngestEvents"]
-LIST_USAGE = usage_pb2.DESCRIPTOR.services_by_name["UsageService"].methods_by_name["ListUsage"]
+SEARCH = event_pb2.DESCRIPTOR.services_by_name["EventService"].methods_by_name["SearchEvents"]
+UNMATCHED = event_pb2.DESCRIPTOR.services_by_name["EventService"].methods_by_name["ListUnmatchedCustomerKeys"]
 CHECK = health_pb2.DESCRIPTOR.services_by_name["Health"].methods_by_name["Check"]
 
 STOP = object()
-
-
-@dataclass
-class Refusal:
-    """An error status, with google.rpc details."""
-
-    code: grpc.StatusCode
-    message: str = "refused"
-    details: tuple[Message, ...] = ()
-
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
-        """The details as gRPC carries them."""
-        status = status_pb2.Status(code=self.code.value[0], message=self.message)
-        for detail in self.details:
-            packed = AnyMessage()
-            packed.Pack(detail)
-            status.details.append(packed)
-        return (("grpc-status-details-bin", status.SerializeToString()),)
 
 
 class RecordingChannel:
@@ -81,24 +63,10 @@ class RecordingChannel:
 
 
 @dataclass
-class Clock:
-    """Time that passes only while someone sleeps."""
-
-    now: float = 1000.0
-    slept: list[float] = field(default_factory=list)
-
-    def sleep(self, seconds: float) -> None:
-        """Lets time pass."""
-        self.slept.append(seconds)
-        self.now += seconds
-
-
-@dataclass
 class Server:
     """Plays the server: runs a command while a thread answers its calls, and keeps what came in."""
 
     channel: RecordingChannel
-    clock: Clock
     requests: list[Any] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
 
@@ -132,38 +100,22 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    """A server on a fake channel, and time under the test's control."""
-    clock = Clock()
+    """A server on a fake channel."""
     channel = RecordingChannel(grpc_testing.channel([], grpc_testing.strict_fake_time(0)))
     monkeypatch.delenv("METERING_ADDRESS", raising=False)
     monkeypatch.delenv("METERING_API_KEY", raising=False)
     monkeypatch.setattr(client, "open_channel", lambda address: channel)
-    monkeypatch.setattr(client, "sleep", clock.sleep)
-    monkeypatch.setattr(client, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(client, "uniform", lambda low, high: high)
-    return Server(channel, clock)
+    return Server(channel)
 
 
-def lines(count: int, **changes: Any) -> str:
-    """Events as JSON lines, with the ids t1, t2, …"""
-    return "".join(json.dumps(event(f"t{number}", **changes)) + "\n" for number in range(1, count + 1))
-
-
-def event(transaction_id: Any = "t1", **changes: Any) -> dict[str, Any]:
-    """A valid event; a change to None takes the field out."""
-    fields = {
-        "transaction_id": transaction_id,
-        "customer_id": "acme",
-        "event_type": "call",
-        "timestamp": "2026-01-01T00:00:00Z",
-        "properties": {"n": 1},
-    }
-    return {name: value for name, value in (fields | changes).items() if value is not None}
-
-
-def accept(request: event_pb2.IngestEventsRequest) -> event_pb2.IngestEventsResponse:
-    """Takes every event."""
-    return event_pb2.IngestEventsResponse(verdicts=[event_pb2.VERDICT_ACCEPTED] * len(request.events))
+@pytest.fixture
+def streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
+    """A server that plays streams; waits between tries are too short to notice."""
+    monkeypatch.delenv("METERING_ADDRESS", raising=False)
+    monkeypatch.delenv("METERING_API_KEY", raising=False)
+    monkeypatch.setattr(client, "BACKOFF_FIRST_S", 0.01)
+    with ScriptedServer(tmp_path) as server:
+        yield server
 
 
 def in_turn(*answers: Any) -> Callable[[Any], Any]:
@@ -176,16 +128,6 @@ def in_turn(*answers: Any) -> Callable[[Any], Any]:
         return turn(request) if callable(turn) else turn
 
     return answer
-
-
-def ids(request: event_pb2.IngestEventsRequest) -> list[str]:
-    """Transaction ids of a request."""
-    return [found.transaction_id for found in request.events]
-
-
-def totals(result: Result) -> dict[str, int]:
-    """The totals that ingest prints."""
-    return {name: int(count) for name, count in (line.split() for line in result.stdout.splitlines())}
 
 
 # ---------------------------------------------------------------- the group
@@ -203,10 +145,10 @@ def test_help_needs_no_command_module() -> None:
     assert [name for name in COMMANDS if f"  {name} " not in done.stdout] == []
 
 
-@pytest.mark.parametrize("name", ["ingest", "usage", "health"])
+@pytest.mark.parametrize("name", ["ingest", "usage", "health", "events search", "events explain", "events unmatched"])
 def test_commands_load(name: str) -> None:
     """Each client command is found through the table and explains itself."""
-    result = CliRunner().invoke(main, [name, "--help"])
+    result = CliRunner().invoke(main, [*name.split(), "--help"])
     assert (result.exit_code, "--address" in result.stdout) == (0, True)
 
 
@@ -228,328 +170,11 @@ def test_timeout_is_always_a_deadline(seconds: str) -> None:
     assert CliRunner().invoke(main, ["health", "--timeout", seconds]).exit_code == 2
 
 
-# ---------------------------------------------------------------- ingest
-
-
-def test_ingest_sends_what_the_lines_say(server: Server) -> None:
-    """A line becomes one event with exact instant and properties, signed in and under a deadline."""
-    line = json.dumps(
-        event(timestamp="2026-01-01T05:30:00.123456789+05:30", properties={"a": 1.5, "b": None, "c": [True]})
-    )
-    result = server.run(["ingest", "-", "--api-key", " key ", "--timeout", "7"], INGEST, accept, line)
-    expected = event_pb2.UsageEvent(
-        transaction_id="t1",
-        customer_id="acme",
-        event_type="call",
-        timestamp=Timestamp(seconds=1767225600, nanos=123456789),
-    )
-    expected.properties.update({"a": 1.5, "b": None, "c": [True]})
-    assert (result.exit_code, totals(result)["accepted"]) == (0, 1)
-    assert server.requests == [event_pb2.IngestEventsRequest(events=[expected])]
-    assert server.metadata[0]["authorization"] == "Bearer key"
-    assert server.channel.timeouts == [7.0]
-
-
-@pytest.mark.parametrize(
-    ("verdict", "exit_code"), [("ACCEPTED", 0), ("DUPLICATE", 0), ("CONFLICT", 1), ("REJECTED", 1)]
-)
-def test_exit_code_follows_the_verdicts(server: Server, verdict: str, exit_code: int) -> None:
-    """Duplicates are success; a conflict or a rejection is not."""
-    response = event_pb2.IngestEventsResponse(
-        verdicts=[event_pb2.VERDICT_ACCEPTED, event_pb2.Verdict.Value(f"VERDICT_{verdict}")]
-    )
-    result = server.run(["ingest", "-"], INGEST, lambda request: response, lines(2))
-    assert result.exit_code == exit_code
-    assert totals(result)[verdict.lower()] == (2 if verdict == "ACCEPTED" else 1)
-
-
-def test_issues_name_their_lines(server: Server, tmp_path: Path) -> None:
-    """Issues of the server and of the client are told with line numbers, in order, and written to --issues."""
-    response = event_pb2.IngestEventsResponse(
-        verdicts=[event_pb2.VERDICT_ACCEPTED, event_pb2.VERDICT_REJECTED],
-        issues=[
-            event_pb2.EventIssue(
-                index=1,
-                reason=error_reason_pb2.ERROR_REASON_TIMESTAMP_TOO_FAR_AHEAD,
-                field="events[1].timestamp",
-                message="too far \x1b[31m",
-            )
-        ],
-    )
-    stdin = json.dumps(event("a")) + "\n\n{oops\n" + json.dumps(event("b"))
-    path = tmp_path / "issues.jsonl"
-    result = server.run(["ingest", "-", "--issues", str(path)], INGEST, lambda request: response, stdin)
-    issues = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert result.exit_code == 1
-    assert totals(result) == {"accepted": 1, "duplicate": 0, "conflict": 0, "rejected": 2}
-    assert [(issue["line"], issue["transaction_id"], issue["reason"], issue["field"]) for issue in issues] == [
-        (3, None, "MALFORMED_LINE", "line"),
-        (4, "b", "TIMESTAMP_TOO_FAR_AHEAD", "timestamp"),
-    ]
-    assert "line 4: REJECTED TIMESTAMP_TOO_FAR_AHEAD timestamp: too far \\x1b[31m" in result.stderr
-
-
-def test_many_issues_are_cut(server: Server) -> None:
-    """Twenty issues are shown and the others counted, with no call for lines that make no event."""
-    result = server.run(["ingest", "-"], INGEST, accept, "x\n" * 25)
-    assert (result.exit_code, totals(result)["rejected"], server.requests) == (1, 25, [])
-    assert result.stderr.splitlines()[19:] == [
-        "line 20: REJECTED MALFORMED_LINE line: not valid JSON: Expecting value: line 1 column 1 (char 0)",
-        "… and 5 more",
-    ]
-
-
-def test_issues_never_overwrite_the_input(server: Server, tmp_path: Path) -> None:
-    """--issues with the input's own path is refused and the input kept."""
-    path = tmp_path / "events.jsonl"
-    path.write_text(lines(1))
-    result = server.run(["ingest", str(path), "--issues", str(path)], INGEST, accept)
-    assert (result.exit_code, path.read_text()) == (2, lines(1))
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "UNAVAILABLE",
-        "DEADLINE_EXCEEDED",
-        "CANCELLED",
-        "ABORTED",
-        "RESOURCE_EXHAUSTED",
-        "INTERNAL",
-        "UNKNOWN",
-    ],
-)
-def test_unknown_outcome_resends_the_same_batch(server: Server, code: str) -> None:
-    """After a failure of unknown outcome in mid-file exactly the same events go out again, and the totals are exact."""
-    answer = in_turn(accept, Refusal(grpc.StatusCode[code]), accept, accept)
-    result = server.run(["ingest", "-", "--batch-size", "2", "--concurrency", "1"], INGEST, answer, lines(6))
-    assert (result.exit_code, totals(result)["accepted"]) == (0, 6)
-    assert [ids(request) for request in server.requests] == [["t1", "t2"], ["t3", "t4"], ["t3", "t4"], ["t5", "t6"]]
-    assert server.requests[1] == server.requests[2]
-
-
-def test_backoff_grows_and_honours_the_server(server: Server) -> None:
-    """Waits double from half a second, and start no earlier than RetryInfo asks."""
-    asked = Refusal(
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        details=(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=3, nanos=500_000_000)),),
-    )
-    unavailable = Refusal(grpc.StatusCode.UNAVAILABLE)
-    result = server.run(["ingest", "-"], INGEST, in_turn(unavailable, unavailable, asked, accept), lines(1))
-    assert (result.exit_code, server.clock.slept) == (0, [0.5, 1.0, 5.5])
-
-
-def test_retry_gives_up(server: Server) -> None:
-    """When --retry-for has passed, ingest ends with exit code 3, says how far it came and that a rerun is safe."""
-    failures = [Refusal(grpc.StatusCode.UNAVAILABLE, "gone")] * 20
-    command = ["ingest", "-", "--batch-size", "1", "--concurrency", "1", "--retry-for", "10"]
-    result = server.run(command, INGEST, in_turn(accept, *failures), lines(3))
-    assert (result.exit_code, totals(result)["accepted"]) == (3, 1)
-    assert sum(server.clock.slept) <= 10
-    assert "1 lines were acknowledged. Running the same input again is safe" in result.stderr
-    assert "error: UNAVAILABLE: gone\nhint: is the server running at localhost:50051?" in result.stderr
-
-
-def test_interrupt_tells_how_far_it_came(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C ends ingest with exit code 130 and the exact totals so far."""
-
-    def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(client, "sleep", interrupt)
-    command = ["ingest", "-", "--batch-size", "1", "--concurrency", "1"]
-    result = server.run(command, INGEST, in_turn(accept, Refusal(grpc.StatusCode.UNAVAILABLE)), lines(3))
-    assert (result.exit_code, totals(result)["accepted"]) == (130, 1)
-
-
-def test_answers_after_the_failed_call_are_counted(server: Server) -> None:
-    """A batch that was in flight behind the one that failed for good still counts as acknowledged."""
-    answer = in_turn(Refusal(grpc.StatusCode.PERMISSION_DENIED), accept)
-    result = server.run(["ingest", "-", "--batch-size", "2", "--concurrency", "2"], INGEST, answer, lines(4))
-    assert (result.exit_code, totals(result)["accepted"]) == (3, 2)
-
-
-def test_refusal_is_not_retried_and_is_explained(server: Server) -> None:
-    """A call that cannot succeed ends ingest at once with code, reason, message and each violation."""
-    violation = error_details_pb2.BadRequest.FieldViolation(field="events", description="too many")
-    refusal = Refusal(
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "bad request",
-        (
-            error_details_pb2.ErrorInfo(reason="LIMIT_EXCEEDED", domain="metering"),
-            error_details_pb2.BadRequest(field_violations=[violation]),
-        ),
-    )
-    result = server.run(["ingest", "-"], INGEST, in_turn(refusal), lines(1))
-    assert (result.exit_code, len(server.requests)) == (3, 1)
-    assert result.stderr.endswith("error: INVALID_ARGUMENT (LIMIT_EXCEEDED): bad request\n  events: too many\n")
-
-
-def test_a_message_that_is_its_violation_is_told_once(server: Server) -> None:
-    """A violation that stands in the message word for word is not printed a second time."""
-    violation = error_details_pb2.BadRequest.FieldViolation(field="events", description="too many")
-    detail = error_details_pb2.BadRequest(field_violations=[violation])
-    refusal = Refusal(grpc.StatusCode.INVALID_ARGUMENT, "events: too many", (detail,))
-    result = server.run(["ingest", "-"], INGEST, in_turn(refusal), lines(1))
-    assert result.stderr.count("events: too many") == 1
-
-
-def test_wrong_key_gets_a_hint(server: Server) -> None:
-    """UNAUTHENTICATED points at --api-key and does not repeat the key."""
-    refusal = Refusal(grpc.StatusCode.UNAUTHENTICATED)
-    result = server.run(["ingest", "-", "--api-key", "secret"], INGEST, in_turn(refusal), lines(1))
-    assert (result.exit_code, "--api-key" in result.stderr, "secret" in result.output) == (3, True, False)
-
-
-def test_answer_without_a_verdict_per_event_is_a_failure(server: Server) -> None:
-    """An answer that leaves an event without verdict is never taken for success."""
-    answer = in_turn(event_pb2.IngestEventsResponse(verdicts=[event_pb2.VERDICT_ACCEPTED]))
-    assert server.run(["ingest", "-"], INGEST, answer, lines(2)).exit_code == 3
-
-
-def test_calls_overlap_up_to_the_limit(server: Server) -> None:
-    """--concurrency calls are in flight before any is answered, and not one more."""
-    fake = server.channel.fake
-    most: list[int] = []
-
-    def serve() -> None:
-        taken = [fake.take_unary_unary(INGEST) for _ in range(3)]
-        most.append(len(server.channel.timeouts))
-        for _, request, rpc in taken:
-            rpc.terminate(accept(request), (), grpc.StatusCode.OK, "")
-        for _ in range(2):
-            _, request, rpc = fake.take_unary_unary(INGEST)
-            rpc.terminate(accept(request), (), grpc.StatusCode.OK, "")
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    result = CliRunner().invoke(main, ["ingest", "-", "--batch-size", "1", "--concurrency", "3"], input=lines(5))
-    thread.join(timeout=10)
-    assert (result.exit_code, totals(result)["accepted"], most) == (0, 5, [3])
-
-
-def test_batches_are_cut_by_bytes(tmp_path: Path) -> None:
-    """Whatever the batch size, no message reaches 3 MiB, and no line is lost."""
-    path = tmp_path / "events.jsonl"
-    path.write_text(lines(20, properties={"blob": "x" * 400_000}))
-    with path.open("rb") as stream:
-        found = list(ingest.batches(stream, 10_000))
-    assert [len(batch.lines) for batch in found] == [7, 7, 6]
-    assert max(batch.request.ByteSize() for batch in found) < 3 * 1024 * 1024
-    assert sum(batch.input_bytes for batch in found) == path.stat().st_size
-
-
-def test_longest_line_fits_one_message() -> None:
-    """The worst growth from JSON to message still fits, so a single event never needs cutting."""
-    head = json.dumps(event())[: -len("1}}")] + "["
-    line = head + "0," * ((ingest.LINE_BYTES_MAX - len(head) - 4) // 2) + "0]}}"
-    parsed = ingest.parse_event(line.encode())
-    assert parsed is not None
-    assert parsed.ByteSize() < 3 * 1024 * 1024
-
-
-def test_too_long_a_line_costs_only_itself(tmp_path: Path) -> None:
-    """A line beyond the limit is rejected without being held in memory; the next one has the right number."""
-    path = tmp_path / "events.jsonl"
-    path.write_text("x" * 2_000_000 + "\n" + lines(1))
-    with path.open("rb") as stream:
-        (batch,) = ingest.batches(stream, 10)
-    assert ([issue.line for issue in batch.issues], batch.lines) == ([1], [2])
-    assert batch.input_bytes == path.stat().st_size
-
-
-@pytest.mark.parametrize(
-    ("line", "field_", "message"),
-    [
-        (b"{", "line", "not valid JSON"),
-        (b"[]", "line", "not a JSON object"),
-        (b"\xff{}", "line", "not UTF-8"),
-        (b"[" * 100_000, "line", "nested too deeply"),
-        (b'{"a":1,"a":2}', "line", "the name 'a' stands twice"),
-        (b'{"a":NaN}', "line", "NaN is not a JSON value"),
-        (json.dumps(event(transaction_id=None)).encode(), "transaction_id", "never made up here"),
-        (json.dumps(event(transaction_id="")).encode(), "transaction_id", "never made up here"),
-        (json.dumps(event(transaction_id=7)).encode(), "transaction_id", "must be a JSON string"),
-        (json.dumps(event(transaction_id=2**70)).encode(), "transaction_id", "must be a JSON string"),
-        (json.dumps(event(customer_id=None)).encode(), "customer_id", "missing"),
-        (json.dumps(event(properties=[])).encode(), "properties", "must be a JSON object"),
-        (json.dumps(event(colour="red")).encode(), "colour", "unknown field"),
-        (json.dumps(event(timestamp="2026-01-01T00:00:00")).encode(), "timestamp", "has no offset"),
-        (json.dumps(event(timestamp="2026-02-30T00:00:00Z")).encode(), "timestamp", "no such time"),
-        (json.dumps(event(timestamp="20260101T000000Z")).encode(), "timestamp", "not an RFC 3339 time"),
-        (json.dumps(event(customer_id="\ud800")).encode(), "line", "surrogate"),
-        (json.dumps(event(properties={"\ud800": 1})).encode(), "line", "surrogate"),
-        (json.dumps(event(properties={"a": "b"})).replace('"b"', "[" * 30 + "]" * 30).encode(), "properties", "nested"),
-        (b" " * ingest.LINE_BYTES_MAX + b"{}", "line", "longer than"),
-    ],
-)
-def test_lines_that_are_no_events(line: bytes, field_: str, message: str) -> None:
-    """Each way a line can fail is told with the field and what is wrong."""
-    with pytest.raises(ingest.LineFault, match=message) as caught:
-        ingest.parse_event(line)
-    assert caught.value.field == field_
-
-
-def test_deepest_properties_survive_the_wire() -> None:
-    """What passes the nesting limit can be decoded again within a request."""
-    for opening, closing in (("[", "]"), ('{"k":', "}")):
-        nested = opening * (ingest.NESTING_MAX - 1) + "0" + closing * (ingest.NESTING_MAX - 1)
-        parsed = ingest.parse_event(json.dumps(event(properties={"a": "b"})).replace('"b"', nested).encode())
-        assert parsed is not None
-        request = event_pb2.IngestEventsRequest(events=[parsed])
-        assert event_pb2.IngestEventsRequest.FromString(request.SerializeToString()) == request
-
-
-@pytest.mark.parametrize(
-    ("literal", "sent"),
-    [
-        ("60", 60.0),
-        ("1.50", 1.5),
-        ("-0.1", -0.1),
-        ("1e3", 1000.0),
-        ("9007199254740991", 9007199254740991.0),
-        ("9007199254740992", "9007199254740992"),
-        ("9007199254740993", "9007199254740993"),
-        ("-9007199254740993.0", "-9007199254740993.0"),
-        ("0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
-        ("123456789012345678.123456789", "123456789012345678.123456789"),
-        ("1e20", "100000000000000000000"),
-        ("1.5e20", "150000000000000000000"),
-        ("1e400", "1e400"),
-        ("1e-400", "1e-400"),
-        ("1e99999999999999999999", "1e99999999999999999999"),
-    ],
-)
-def test_numbers_are_sent_exactly(literal: str, sent: float | str) -> None:
-    """A number goes as a double only if the server reads the same decimal back, else as text without exponent."""
-    line = json.dumps(event(properties={"n": "N"})).replace('"N"', literal)
-    parsed = ingest.parse_event(line.encode())
-    assert parsed is not None
-    assert parsed.properties["n"] == sent
-
-
-def test_byte_order_mark_is_no_part_of_the_first_event(server: Server) -> None:
-    """A file that begins with a UTF-8 byte order mark is read like any other."""
-    assert server.run(["ingest", "-"], INGEST, accept, b"\xef\xbb\xbf" + lines(1).encode()).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds", "nanos"),
-    [
-        ("1970-01-01T00:00:01.5Z", 1, 500_000_000),
-        ("1969-12-31T23:59:59.25z", -1, 250_000_000),
-        ("1970-01-01 00:00:00.123456789987-00:01", 60, 123_456_789),
-    ],
-)
-def test_fractions_of_a_second_are_exact(text: str, seconds: int, nanos: int) -> None:
-    """A fraction counts forward from its second, before 1970 too; what lies below a nanosecond is cut."""
-    assert client.parse_timestamp(text) == Timestamp(seconds=seconds, nanos=nanos)
-
-
 # ---------------------------------------------------------------- usage
 
 CUSTOMER = "04ca7e72-4229-4a6e-ab11-9f7376fccbcb"
 METRIC = "222796fd-d29c-429e-89b2-549fabda4ed6"
+PAIR = ["--customer", CUSTOMER, "--metric", METRIC]
 RANGE = ["usage", "--window", "day", "--from", "2026-01-01", "--to", "2026-01-04"]
 EXACT = "12345678901234567890.123456789012345678"
 
@@ -569,31 +194,136 @@ def window(day: int, value: str | None = None, **changes: Any) -> usage_pb2.Usag
     )
 
 
-def two_pages() -> Callable[[Any], Any]:
-    """Three windows on three pages, one of them empty."""
-    updated = Timestamp(seconds=1767225661)
-    return in_turn(
-        usage_pb2.ListUsageResponse(windows=[window(1, EXACT, update_time=updated)], next_page_token="p2"),  # noqa: S106
-        usage_pb2.ListUsageResponse(next_page_token="p3"),  # noqa: S106 - a place in a list, no secret
-        usage_pb2.ListUsageResponse(windows=[window(2), window(3, "-0.5", incomplete=True, skipped_count=2)]),
+def part(
+    token: str, *windows: usage_pb2.UsageWindow, complete: bool = False, **fields: Any
+) -> usage_pb2.StreamUsageResponse:
+    """A message of StreamUsage."""
+    since = Timestamp(seconds=1767225600, nanos=123456000)
+    return usage_pb2.StreamUsageResponse(
+        windows=windows, resume_token=token, complete=complete, next_updated_since=since, **fields
     )
 
 
-def test_usage_pages_to_the_end(server: Server) -> None:
-    """Every page is asked for, an empty one too, with the same query, signed in and under a deadline."""
-    result = server.run([*RANGE, "--format", "json", "--api-key", "k"], LIST_USAGE, two_pages())
-    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 3)
-    assert [request.page_token for request in server.requests] == ["", "p2", "p3"]
-    for request in server.requests:
-        request.page_token = ""
-    assert server.requests[0] == server.requests[1] == server.requests[2]
-    assert server.channel.timeouts == [30.0] * 3
-    assert [metadata["authorization"] for metadata in server.metadata] == ["Bearer k"] * 3
+def three_windows() -> Play:
+    """Three windows in three messages, one of them empty."""
+    updated = Timestamp(seconds=1767225661)
+    return messages(
+        part("a", window(1, EXACT, update_time=updated)),
+        part("b"),
+        part("c", window(2), window(3, "-0.5", incomplete=True, skipped_count=2), complete=True),
+    )
 
 
-def test_usage_as_json(server: Server) -> None:
+def days(result: Result) -> list[int]:
+    """The days of January 2026 whose windows were written as JSON."""
+    return [int(json.loads(line)["starting_on"][8:10]) for line in result.stdout.splitlines()]
+
+
+def test_usage_asks_once(streams: ScriptedServer) -> None:
+    """One stream, signed in and without a deadline, gives every window; nothing is said of the next run unasked."""
+    result = streams.run([*RANGE, "--format", "json", "--api-key", "k"], three_windows())
+    assert (result.exit_code, days(result), result.stderr) == (0, [1, 2, 3], "")
+    (call,) = streams.calls
+    assert call.requests[0].resume_token == ""
+    assert call.metadata["authorization"] == "Bearer k"
+    assert call.time_remaining is None or call.time_remaining > 10**6
+
+
+@pytest.mark.parametrize("output", ["json", "csv", "table"])
+@pytest.mark.parametrize("received", [1, 2, 3])
+def test_a_cut_read_goes_on_where_it_was(streams: ScriptedServer, received: int, output: str) -> None:
+    """Cut after any message, by a status, by OK or by silence, no window is lost or written twice."""
+    parts = [
+        part(str(number), *(window(2 * number + day, str(2 * number + day)) for day in (1, 2)), complete=number == 3)
+        for number in range(4)
+    ]
+    whole = streams.run([*RANGE, "--format", output], messages(*parts))
+    for then in (Refusal(grpc.StatusCode.UNAVAILABLE), Refusal(grpc.StatusCode.ABORTED), None, "silence"):
+        streams.calls.clear()
+        first = muted(*parts[:received]) if isinstance(then, str) else messages(*parts[:received], then=then)
+        # The second call is cut before it says anything.
+        plays = [first, refused(Refusal(grpc.StatusCode.INTERNAL)), messages(*parts[received:])]
+        result = streams.run([*RANGE, "--format", output, "--timeout", "0.3"], *plays)
+        assert (result.exit_code, result.stdout) == (0, whole.stdout)
+        tokens = [call.requests[0].resume_token if call.requests else None for call in streams.calls]
+        assert tokens[:3] == ["", None, str(received - 1)]
+        assert {call.requests[0].window_size for call in streams.calls if call.requests} == {2}
+        assert "reading on in 0.0 s" in result.stderr
+
+
+def muted(*sent: Message) -> Play:
+    """A stream of these messages that then says no more and does not end."""
+
+    def play(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Message]:
+        next(requests)
+        yield from sent
+        yield from silent(requests, context)
+
+    return play
+
+
+def test_a_cut_after_the_complete_message_is_no_failure(streams: ScriptedServer) -> None:
+    """When the stream said that it is complete, it does not matter how it ends."""
+    play = messages(part("a", window(1, "1"), complete=True), then=Refusal(grpc.StatusCode.UNAVAILABLE))
+    result = streams.run([*RANGE, "--format", "json"], play)
+    assert (result.exit_code, days(result), result.stderr, len(streams.calls)) == (0, [1], "", 1)
+
+
+def test_a_read_that_gets_nowhere_is_given_up(streams: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--retry-for counts from the first failure without a message since; then the error is told, exit code 3."""
+    clock = itertools.count(0, 5)
+    monkeypatch.setattr(client, "monotonic", lambda: next(clock))
+    gone = Refusal(grpc.StatusCode.UNAVAILABLE, "gone")
+    lame = [messages(part(str(day), window(day, "1")), then=gone) for day in range(1, 5)]
+    result = streams.run([*RANGE, "--format", "json", "--retry-for", "7"], *lame, *[refused(gone)] * 9)
+    assert (result.exit_code, days(result), len(streams.calls)) == (3, [1, 2, 3, 4], 6)
+    assert "error: UNAVAILABLE: gone" in result.stderr
+
+
+def test_a_query_that_never_began_is_not_repeated(streams: ScriptedServer) -> None:
+    """A server that is not there is told at once, not after --retry-for."""
+    result = streams.run(RANGE, refused(Refusal(grpc.StatusCode.UNAVAILABLE, "gone")))
+    assert (result.exit_code, len(streams.calls)) == (3, 1)
+
+
+def test_a_silent_server_is_told_as_such(streams: ScriptedServer) -> None:
+    """A stream that never says a word ends after --timeout seconds, told as silence and not as a cancellation."""
+    result = streams.run([*RANGE, "--timeout", "0.2"], muted())
+    assert (result.exit_code, len(streams.calls)) == (3, 1)
+    assert result.stderr.startswith("error: DEADLINE_EXCEEDED: no message for 0.2 s\nhint: no answer within --timeout")
+
+
+def test_a_refused_resumption_ends_the_read(streams: ScriptedServer) -> None:
+    """A server that does not know the token is not asked again, and the read is not taken for complete."""
+    cut = messages(part("a", window(1)), then=Refusal(grpc.StatusCode.UNAVAILABLE))
+    result = streams.run(
+        [*RANGE, "--updated-since", "2026-01-01"], cut, refused(Refusal(grpc.StatusCode.INVALID_ARGUMENT))
+    )
+    assert (result.exit_code, len(streams.calls), "next --updated-since" in result.stderr) == (3, 2, False)
+
+
+def test_updated_since_tells_the_next(streams: ScriptedServer) -> None:
+    """With --updated-since the request has it, and the value for the next run is told, exactly, on stderr."""
+    command = [*RANGE, "--updated-since", "2026-01-02T00:00:00.5Z", "--format", "csv"]
+    result = streams.run(command, three_windows())
+    assert streams.calls[0].requests[0].updated_since == Timestamp(seconds=1767312000, nanos=500_000_000)
+    assert (result.exit_code, result.stderr) == (0, "next --updated-since: 2026-01-01T00:00:00.123456Z\n")
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_stopped_read_tells_no_next(streams: ScriptedServer, limit: int) -> None:
+    """A read that --limit stopped would lose its unread windows if it told where to begin next."""
+    command = [*RANGE, "--updated-since", "2026-01-02", "--format", "json", "--limit", str(limit)]
+    result = streams.run(command, three_windows())
+    assert (days(result), result.stderr) == (
+        [1, 2][:limit],
+        f"stopped after {limit} rows; there are more (see --limit)\n",
+    )
+
+
+def test_usage_as_json(streams: ScriptedServer) -> None:
     """JSON lines carry proto names, exact decimals as strings, and null for what is unset."""
-    result = server.run([*RANGE, "--format", "json"], LIST_USAGE, two_pages())
+    result = streams.run([*RANGE, "--format", "json"], three_windows())
     common: dict[str, Any] = {
         "customer_id": CUSTOMER,
         "billable_metric_id": METRIC,
@@ -614,9 +344,9 @@ def test_usage_as_json(server: Server) -> None:
     ]
 
 
-def test_usage_as_csv(server: Server) -> None:
+def test_usage_as_csv(streams: ScriptedServer) -> None:
     """CSV has a header, a row per window, exact decimals, and an empty field for no usage."""
-    result = server.run([*RANGE, "--format", "csv"], LIST_USAGE, two_pages())
+    result = streams.run([*RANGE, "--format", "csv"], three_windows())
     head = f'{CUSTOMER},{METRIC},"api, calls"'
     assert result.stdout == (
         "customer_id,billable_metric_id,billable_metric_name,starting_on,ending_before,value,incomplete,skipped_count,"
@@ -627,14 +357,12 @@ def test_usage_as_csv(server: Server) -> None:
     )
 
 
-def test_grouped_usage_as_csv(server: Server) -> None:
+def test_grouped_usage_as_csv(streams: ScriptedServer) -> None:
     """With --group-by there is a row per group in order, and one with an empty key for a window without groups."""
     groups = {"b": usage_pb2.GroupValue(value="2"), "": usage_pb2.GroupValue(value="1"), "a": usage_pb2.GroupValue()}
-    answer = in_turn(
-        usage_pb2.ListUsageResponse(windows=[window(1, "3", groups=groups, groups_truncated=True), window(2)])
-    )
+    play = messages(part("a", window(1, "3", groups=groups, groups_truncated=True), window(2), complete=True))
     command = [*RANGE, "--format", "csv", "--metric", METRIC, "--group-by", "status", "--value", "a", "--value", "b"]
-    result = server.run(command, LIST_USAGE, answer)
+    result = streams.run(command, play)
     rows = [line.split("Z,", 2)[2] for line in result.stdout.splitlines()[1:]]
     assert rows == [
         "status,,1,false,0,,true",
@@ -643,12 +371,14 @@ def test_grouped_usage_as_csv(server: Server) -> None:
         ",,,false,0,,false",
     ]
     group_by = usage_pb2.GroupBy(key="status", values=["a", "b"])
-    assert list(server.requests[0].billable_metrics) == [usage_pb2.BillableMetricSelector(id=METRIC, group_by=group_by)]
+    assert list(streams.calls[0].requests[0].billable_metrics) == [
+        usage_pb2.BillableMetricSelector(id=METRIC, group_by=group_by)
+    ]
 
 
-def test_usage_as_a_table(server: Server) -> None:
+def test_usage_as_a_table(streams: ScriptedServer) -> None:
     """The table shows every digit, a bar, no usage as such, and what is incomplete or skipped."""
-    result = server.run([*RANGE], LIST_USAGE, two_pages())
+    result = streams.run([*RANGE], three_windows())
     rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("2026")]
     assert rows == [
         ["2026-01-01", EXACT, "█" * 16],
@@ -658,14 +388,12 @@ def test_usage_as_a_table(server: Server) -> None:
     assert "api, calls" in result.stdout
 
 
-def test_table_says_that_there_is_more(server: Server) -> None:
+def test_table_says_that_there_is_more(streams: ScriptedServer) -> None:
     """A table stops at --limit and says so only if there is more."""
     windows = [window(1, "1"), window(2, "2"), window(3, "3")]
     for limit, more in (("2", True), ("3", False)):
-        answer = in_turn(usage_pb2.ListUsageResponse(windows=windows))
-        result = server.run([*RANGE, "--limit", limit], LIST_USAGE, answer)
+        result = streams.run([*RANGE, "--limit", limit], messages(part("a", *windows, complete=True)))
         assert ("there are more" in result.stderr, result.stdout.count("2026-01")) == (more, int(limit))
-        assert server.requests[-1].page_size == int(limit) + 1
 
 
 @pytest.mark.parametrize(
@@ -677,11 +405,12 @@ def test_table_says_that_there_is_more(server: Server) -> None:
         ("2026-01-01T00:00:00+05:30", "", "2025-12-31T18:30:00Z"),
     ],
 )
-def test_bounds_are_instants_or_local_dates(server: Server, text: str, time_zone: str, instant: str) -> None:
+def test_bounds_are_instants_or_local_dates(streams: ScriptedServer, text: str, time_zone: str, instant: str) -> None:
     """A date means the first instant of that day in --time-zone, which goes to the server too."""
     command = ["usage", "--window", "none", "--from", text, "--to", "2030-01-01", "--time-zone", time_zone]
-    server.run(command, LIST_USAGE, in_turn(usage_pb2.ListUsageResponse()))
-    assert (server.requests[0].starting_on.ToJsonString(), server.requests[0].time_zone) == (instant, time_zone)
+    streams.run(command, messages(part("a", complete=True)))
+    (request,) = streams.calls[0].requests
+    assert (request.starting_on.ToJsonString(), request.time_zone) == (instant, time_zone)
 
 
 @pytest.mark.parametrize(
@@ -693,14 +422,30 @@ def test_bounds_are_instants_or_local_dates(server: Server, text: str, time_zone
         ["--time-zone", "Mars/Olympus"],
         ["--value", "a"],
         ["--group-by", "status"],
+        ["--updated-since", "yesterday"],
+        ["--group-key", "region"],
+        ["--group-key", "region", "--customer", CUSTOMER],
+        ["--group-key", "region", "--customer", CUSTOMER, "--customer", METRIC, "--metric", METRIC],
+        [*PAIR, "--group-key", "region", "--group-by", "region"],
+        [*PAIR, "--group-key", "region", "--group-filter", "region"],
+        [*PAIR, "--group-key", "region", "--group-filter", "other=a"],
+        [*PAIR, "--group-filter", "region=a"],
+        [*PAIR, "--current-period"],
     ],
 )
-def test_usage_errors_are_found_before_any_call(server: Server, options: list[str]) -> None:
+def test_usage_errors_are_found_before_any_call(streams: ScriptedServer, options: list[str]) -> None:
     """What cannot be meant is a usage error, exit code 2."""
-    assert server.run([*RANGE, *options], LIST_USAGE, in_turn()).exit_code == 2
+    assert (streams.run([*RANGE, *options]).exit_code, streams.calls) == (2, [])
 
 
-def test_usage_failure_is_told(server: Server) -> None:
+@pytest.mark.parametrize("options", [[], ["--from", "2026-01-01"], ["--to", "2026-01-01"]])
+def test_usage_needs_a_range(streams: ScriptedServer, options: list[str]) -> None:
+    """Both bounds are needed unless the billing period is asked for."""
+    result = streams.run(["usage", "--window", "day", *options])
+    assert (result.exit_code, "--current-period" in result.stderr, streams.calls) == (2, True, [])
+
+
+def test_usage_failure_is_told(streams: ScriptedServer) -> None:
     """A refused query prints the error, with how long to wait, and ends with exit code 3."""
     refusal = Refusal(
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -710,11 +455,324 @@ def test_usage_failure_is_told(server: Server) -> None:
             error_details_pb2.RetryInfo(retry_delay=Duration(seconds=2)),
         ),
     )
-    result = server.run(RANGE, LIST_USAGE, in_turn(refusal))
+    result = streams.run(RANGE, refused(refusal))
     assert result.exit_code == 3
     assert result.stderr == (
         "error: FAILED_PRECONDITION (METRIC_BACKFILLING): still counting\nhint: the server asks to try again in 2 s\n"
     )
+
+
+def group(day: int, total: str | None, **properties: str) -> usage_pb2.GroupedUsageWindow:
+    """A row of a listing of groups."""
+    found = window(day)
+    return usage_pb2.GroupedUsageWindow(
+        starting_on=found.starting_on, ending_before=found.ending_before, group=properties, value=total
+    )
+
+
+def grouped_rows() -> Play:
+    """Rows by region and value: both given, one empty, one absent, and a window without usage; cut in the middle."""
+    return messages(
+        usage_pb2.StreamUsageWithGroupsResponse(
+            windows=[group(1, EXACT, region="eu", value="x,y"), group(1, "0", region="", value="\x1b[1m")],
+            resume_token="a",  # noqa: S106 - a place in a list, no secret
+        ),
+        then=Refusal(grpc.StatusCode.UNAVAILABLE),
+    )
+
+
+def more_grouped_rows() -> Play:
+    """The rest of them."""
+    return messages(
+        usage_pb2.StreamUsageWithGroupsResponse(
+            windows=[group(1, "7", value="ü"), group(2, None)],
+            resume_token="b",  # noqa: S106
+            complete=True,
+        )
+    )
+
+
+GROUPED = [*PAIR, "--group-key", "region", "--group-key", "value"]
+
+
+def test_groups_as_csv(streams: ScriptedServer) -> None:
+    """A row per group, a column per property; the column `group` tells absent from empty; read on after a cut."""
+    result = streams.run([*RANGE, *GROUPED, "--format", "csv"], grouped_rows(), more_grouped_rows())
+    head = f"{CUSTOMER},{METRIC},2026-01-0"
+    first = f"{head}1T00:00:00Z,2026-01-02T00:00:00Z"
+    assert result.stdout.splitlines() == [
+        "customer_id,billable_metric_id,starting_on,ending_before,group.region,group.value,group,value,incomplete,"
+        "skipped_count,update_time",
+        f'{first},eu,"x,y","{{""region"": ""eu"", ""value"": ""x,y""}}",{EXACT},false,0,',
+        f'{first},,\x1b[1m,"{{""region"": """", ""value"": ""\\u001b[1m""}}",0,false,0,',
+        f'{first},,ü,"{{""value"": ""ü""}}",7,false,0,',
+        f"{head}2T00:00:00Z,2026-01-03T00:00:00Z,,,{{}},,false,0,",
+    ]
+    assert [call.requests[0].resume_token for call in streams.calls] == ["", "a"]
+
+
+def test_groups_as_json(streams: ScriptedServer) -> None:
+    """Each row is a line with its group as an object, and null for no usage."""
+    result = streams.run([*RANGE, *GROUPED, "--format", "json"], grouped_rows(), more_grouped_rows())
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["group"], row["value"]) for row in found] == [
+        ({"region": "eu", "value": "x,y"}, EXACT),
+        ({"region": "", "value": "\x1b[1m"}, "0"),
+        ({"value": "ü"}, "7"),
+        ({}, None),
+    ]
+    assert found[0] | {"group": 0, "value": 0} == {
+        "customer_id": CUSTOMER,
+        "billable_metric_id": METRIC,
+        "starting_on": "2026-01-01T00:00:00Z",
+        "ending_before": "2026-01-02T00:00:00Z",
+        "group": 0,
+        "value": 0,
+        "incomplete": False,
+        "skipped_count": 0,
+        "update_time": None,
+    }
+
+
+def test_groups_as_a_table(streams: ScriptedServer) -> None:
+    """The table has a column per property, shows every digit and lets no value steer the terminal."""
+    result = streams.run([*RANGE, *GROUPED], grouped_rows(), more_grouped_rows())
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row for row in rows if row][4:] == [
+        ["2026-01-01", "eu", "x,y", EXACT, "█" * 16],
+        ['""', "\\x1b[1m", "0"],
+        ["absent", "ü", "7"],
+        ["2026-01-02", "no", "usage"],
+    ]
+
+
+def test_groups_are_asked_for_exactly(streams: ScriptedServer) -> None:
+    """Keys and filters go out as given, a value with `=` or an empty one too; dates mean days of --time-zone."""
+    filters = ["--group-filter", "region=a=b", "--group-filter", "region=", "--group-filter", "a=b=c"]
+    command = [
+        *RANGE,
+        *PAIR,
+        "--group-key",
+        "a",
+        "--group-key",
+        "region",
+        "--group-key",
+        "a=b",
+        *filters,
+        "--omit-empty",
+    ]
+    done = messages(usage_pb2.StreamUsageWithGroupsResponse(resume_token="a", complete=True))  # noqa: S106
+    result = streams.run([*command, "--time-zone", "Asia/Kolkata", "--updated-since", "2026-01-02"], done)
+    assert (result.exit_code, result.stdout) == (0, "No windows in this range.\n")
+    assert streams.calls[0].requests == [
+        usage_pb2.StreamUsageWithGroupsRequest(
+            customer_id=CUSTOMER,
+            billable_metric_id=METRIC,
+            window_size=usage_pb2.WINDOW_SIZE_DAY,
+            starting_on=Timestamp(seconds=1767205800),
+            ending_before=Timestamp(seconds=1767205800 + 3 * 86400),
+            group_key=["a", "region", "a=b"],
+            group_filters={
+                "region": usage_pb2.GroupFilter(values=["a=b", ""]),
+                "a=b": usage_pb2.GroupFilter(values=["c"]),
+            },
+            time_zone="Asia/Kolkata",
+            omit_empty_windows=True,
+            updated_since=Timestamp(seconds=1767205800 + 86400),
+        )
+    ]
+
+
+def test_current_period_needs_no_group_key(streams: ScriptedServer) -> None:
+    """--current-period alone asks for the ungrouped rows of the billing period, which have no group columns."""
+    answer = usage_pb2.StreamUsageWithGroupsResponse(windows=[group(1, "5")], resume_token="a", complete=True)  # noqa: S106
+    command = ["usage", "--window", "none", "--current-period", *PAIR, "--format", "csv"]
+    result = streams.run(command, messages(answer))
+    assert (result.exit_code, result.stdout.splitlines()[1]) == (
+        0,
+        f"{CUSTOMER},{METRIC},2026-01-01T00:00:00Z,2026-01-02T00:00:00Z,5,false,0,",
+    )
+    (request,) = streams.calls[0].requests
+    assert (request.current_period, request.HasField("starting_on"), list(request.group_key)) == (True, False, [])
+
+
+# ---------------------------------------------------------------- events
+
+
+def explained(identifier: str, name: str, outcome: Any, **fields: str) -> event_pb2.MetricExplanation:
+    """What a metric made of an event."""
+    return event_pb2.MetricExplanation(
+        billable_metric_id=identifier, billable_metric_name=name, outcome=outcome, **fields
+    )
+
+
+def stored(transaction_id: str, matched: str = CUSTOMER, **fields: Any) -> event_pb2.StoredEvent:
+    """An event as the server tells it."""
+    rule, message = "property_filters[0].in_values", 'property "region" is "eu", not one of the 1 values allowed'
+    outcomes = [
+        explained(METRIC, "calls", event_pb2.METRIC_OUTCOME_COUNTED),
+        explained("m2", "by\x1b[2J", event_pb2.METRIC_OUTCOME_SKIPPED),
+        explained("m3", "us only", event_pb2.METRIC_OUTCOME_NOT_MATCHED, rule=rule, message=message),
+        explained("m4", "new", event_pb2.METRIC_OUTCOME_PENDING),
+    ]
+    event = event_pb2.UsageEvent(
+        transaction_id=transaction_id,
+        customer_id="acme\x07",
+        event_type="call",
+        timestamp=Timestamp(seconds=1767225600, nanos=5000),
+    )
+    event.properties.update({"n": 1, "f": 0.1, "text": "12345678901234567890", "list": [True, None]})
+    return event_pb2.StoredEvent(
+        event=event,
+        matched_customer_id=matched,
+        ingest_time=Timestamp(seconds=1767225601),
+        metrics=outcomes,
+        **fields,
+    )
+
+
+def test_search_pages_up_to_its_limit(server: Server) -> None:
+    """All criteria go out; pages, an empty one too, are followed up to --limit, and no further than to see if more."""
+    answer = in_turn(
+        event_pb2.SearchEventsResponse(events=[stored("t1")], next_page_token="p2"),  # noqa: S106
+        event_pb2.SearchEventsResponse(next_page_token="p3"),  # noqa: S106
+        event_pb2.SearchEventsResponse(events=[stored("t2"), stored("t3")], next_page_token="p4"),  # noqa: S106
+    )
+    command = ["events", "search", "--customer", "acme", "--type", "call", "--from", "2026-01-01", "--limit", "2"]
+    command += ["--to", "2026-01-02T00:00:00+05:30", "--format", "json", "--timeout", "7", "--api-key", "k"]
+    result = server.run(command, SEARCH, answer)
+    assert result.exit_code == 0
+    assert [json.loads(line)["event"]["transaction_id"] for line in result.stdout.splitlines()] == ["t1", "t2"]
+    assert result.stderr == "stopped after 2; there are more (see --limit)\n"
+    assert [request.page_token for request in server.requests] == ["", "p2", "p3"]
+    assert server.requests[0] == event_pb2.SearchEventsRequest(
+        customer_id="acme",
+        event_type="call",
+        starting_on=Timestamp(seconds=1767225600),
+        ending_before=Timestamp(seconds=1767312000 - 19800),
+        page_size=3,
+    )
+    assert (server.channel.timeouts, server.metadata[2]["authorization"]) == ([7.0] * 3, "Bearer k")
+
+
+def test_search_as_json_is_exact(server: Server) -> None:
+    """JSON has null for what is not known, and the event in the form that `metering ingest` takes."""
+    found = [stored("t1"), stored("t2", "", void_time=Timestamp(seconds=1767225602))]
+    result = server.run(
+        ["events", "search", "--format", "json"], SEARCH, in_turn(event_pb2.SearchEventsResponse(events=found))
+    )
+    one, two = (json.loads(line) for line in result.stdout.splitlines())
+    assert ingest.parse_event(json.dumps(one["event"]).encode()) == found[0].event
+    assert {name: one[name] for name in ("matched_customer_id", "ingest_time", "void_time")} == {
+        "matched_customer_id": CUSTOMER,
+        "ingest_time": "2026-01-01T00:00:01Z",
+        "void_time": None,
+    }
+    assert (two["matched_customer_id"], two["void_time"]) == (None, "2026-01-01T00:00:02Z")
+    assert [metric["outcome"] for metric in one["metrics"]] == ["COUNTED", "SKIPPED", "NOT_MATCHED", "PENDING"]
+    assert [metric["rule"] for metric in one["metrics"]] == [None, None, "property_filters[0].in_values", None]
+
+
+def test_search_as_a_table(server: Server) -> None:
+    """A row per event says whose it is and what counts it, and lets no key steer the terminal."""
+    found = [stored("t1"), stored("t2", ""), stored("t3", void_time=Timestamp(seconds=1767225602))]
+    result = server.run(["events", "search"], SEARCH, in_turn(event_pb2.SearchEventsResponse(events=found)))
+    text = " ".join(result.stdout.split())
+    assert ("\x07" in result.stdout, "acme\\x07" in result.stdout) == (False, True)
+    assert "no customer" in text
+    assert "voided" in text
+    assert "skipped" in text
+    assert server.run(["events", "search"], SEARCH, in_turn(event_pb2.SearchEventsResponse())).stdout == (
+        "No events found.\n"
+    )
+
+
+@pytest.mark.parametrize("options", [["--from", "yesterday"], ["--to", "2026-02-30"], ["--limit", "0"]])
+def test_bad_criteria_are_found_before_any_call(server: Server, options: list[str]) -> None:
+    """What cannot be meant is a usage error, exit code 2."""
+    result = server.run(["events", "search", *options], SEARCH, in_turn())
+    assert (result.exit_code, server.requests) == (2, [])
+
+
+def test_explain_tells_every_id(server: Server) -> None:
+    """Each id is told in the order given, each once, with every metric's outcome; a missing one makes exit code 1."""
+    answer = in_turn(
+        event_pb2.SearchEventsResponse(events=[stored("t3", "")], next_page_token="p2"),  # noqa: S106
+        event_pb2.SearchEventsResponse(events=[stored("t1")]),
+    )
+    result = server.run(["events", "explain", "t1", "no\x1b[2Jne", "t3", "t1"], SEARCH, answer)
+    assert result.exit_code == 1
+    assert list(server.requests[0].transaction_ids) == ["t1", "no\x1b[2Jne", "t3"]
+    assert result.stdout.splitlines() == [
+        "t1: stored 2026-01-01T00:00:01Z",
+        "  call at 2026-01-01T00:00:00.000005Z",
+        f"  customer key acme\\x07: customer {CUSTOMER}",
+        '  properties {"f": 0.1, "list": [true, null], "n": 1, "text": "12345678901234567890"}',
+        f"  COUNTED      calls  {METRIC}",
+        "  SKIPPED      by\\x1b[2J  m2",
+        "  NOT_MATCHED  us only  m3 (property_filters[0].in_values): "
+        'property "region" is "eu", not one of the 1 values allowed',
+        "  PENDING      new  m4",
+        "no\\x1b[2Jne: not stored",
+        "t3: stored 2026-01-01T00:00:01Z",
+        "  call at 2026-01-01T00:00:00.000005Z",
+        "  customer key acme\\x07: no customer owns this key",
+        *result.stdout.splitlines()[3:8],
+    ]
+
+
+def test_explain_as_json(server: Server) -> None:
+    """Every id is a line of one shape, stored or not; many ids are asked for in several calls."""
+    ids = [f"t{number}" for number in range(events.IDS_AT_ONCE + 1)]
+
+    def answer(request: event_pb2.SearchEventsRequest) -> event_pb2.SearchEventsResponse:
+        return event_pb2.SearchEventsResponse(events=[stored(name) for name in request.transaction_ids if name != "t5"])
+
+    result = server.run(["events", "explain", *ids, "--format", "json"], SEARCH, answer)
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [record["transaction_id"] for record in found] == ids
+    assert [record["transaction_id"] for record in found if not record["stored"]] == ["t5"]
+    assert {tuple(record) for record in found} == {
+        ("transaction_id", "stored", "event", "matched_customer_id", "ingest_time", "void_time", "metrics")
+    }
+    assert (result.exit_code, found[5]["event"], len(server.requests)) == (1, None, 2)
+
+
+def test_explain_succeeds_when_all_are_stored(server: Server) -> None:
+    """Exit code 0 means that every id is stored, counted or not."""
+    answer = in_turn(event_pb2.SearchEventsResponse(events=[stored("t1", "")]))
+    assert server.run(["events", "explain", "t1"], SEARCH, answer).exit_code == 0
+
+
+def test_unmatched_lists_every_key(server: Server) -> None:
+    """All pages are read; JSON has the exact keys, the table lets none steer the terminal."""
+    keys = [
+        event_pb2.UnmatchedCustomerKey(
+            customer_key=name,
+            event_count=12345,
+            first_seen_time=Timestamp(seconds=1767225600),
+            last_seen_time=Timestamp(seconds=1767225601),
+        )
+        for name in ("a\x1b[2J", "b")
+    ]
+    pages = [
+        event_pb2.ListUnmatchedCustomerKeysResponse(unmatched_customer_keys=keys[:1], next_page_token="p2"),  # noqa: S106
+        event_pb2.ListUnmatchedCustomerKeysResponse(unmatched_customer_keys=keys[1:]),
+    ]
+    result = server.run(["events", "unmatched", "--format", "json"], UNMATCHED, in_turn(*pages))
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {
+            "customer_key": name,
+            "event_count": 12345,
+            "first_seen_time": "2026-01-01T00:00:00Z",
+            "last_seen_time": "2026-01-01T00:00:01Z",
+        }
+        for name in ("a\x1b[2J", "b")
+    ]
+    table = server.run(["events", "unmatched"], UNMATCHED, in_turn(*pages))
+    assert (table.exit_code, "\x1b" in table.stdout, "12,345" in table.stdout) == (0, False, True)
+    cut = server.run(["events", "unmatched", "--limit", "1"], UNMATCHED, in_turn(*pages))
+    assert cut.stderr == "stopped after 1; there are more (see --limit)\n"
 
 
 # ---------------------------------------------------------------- health

@@ -9,6 +9,7 @@ import click
 CLIENT_COMMANDS = {
     "ingest": ("service.cli.ingest:ingest", "Send events from JSON lines; repeating a run is safe."),
     "usage": ("service.cli.usage:usage", "Read usage windows as a table, JSON lines or CSV."),
+    "events": ("service.cli.events:events", "Look up stored events, and why one is counted or not."),
     "health": ("service.cli.health:health", "Ask whether the server and its services can answer."),
 }
 OPERATOR_COMMANDS = {

@@ -3,19 +3,25 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from random import uniform
-from time import monotonic, sleep
-from typing import Any, TypeVar, cast
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
+from service.domain import windows
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CALL_FAILED = 3
 """Exit code when a call failed: nothing is known to be wrong with the input."""
@@ -42,6 +48,7 @@ _RFC_3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?([Zz]|[+-]\d\d:\d\d)?",
     re.ASCII,
 )
+_DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECOND = timedelta(seconds=1)
 
@@ -50,7 +57,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Whom to call, as whom, and how long a call may take."""
+    """Whom to call, as whom, and how long an answer may take."""
 
     address: str
     timeout_s: float
@@ -75,7 +82,9 @@ class Seconds(click.FloatRange):
         return seconds
 
 
-def target_options(timeout_s: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def target_options(
+    timeout_s: float, timeout_help: str = "Deadline of each call in seconds."
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds the options of every client command, which the command gets as one `target`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -102,7 +111,7 @@ def target_options(timeout_s: float) -> Callable[[Callable[..., None]], Callable
             type=Seconds(min=0, min_open=True, max=3600),
             default=timeout_s,
             show_default=True,
-            help="Deadline of each call in seconds.",
+            help=timeout_help,
         )
         @functools.wraps(command)
         def with_target(address: str, api_key: str | None, timeout: float, **options: Any) -> None:
@@ -132,29 +141,83 @@ def connected(target: Target) -> Iterator[grpc.Channel]:
         raise click.exceptions.Exit(CALL_FAILED) from None
 
 
-def first_answer(
-    calls: Iterable["grpc.Future[Answer]"], retry_for_s: float, on_retry: Callable[[grpc.StatusCode, float], None]
-) -> Answer:
-    """The first answer of a series of identical calls, each drawn (and so begun) only when the one before it failed.
+class CutShort(grpc.RpcError):
+    """A call that this side found to be broken, with a status such as a server would have sent."""
 
-    Raises the last RpcError once it is not worth a retry or `retry_for_s` seconds have passed since the first failure.
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self._code = code
+        self._details = details
+
+    def code(self) -> grpc.StatusCode:
+        """What it comes closest to."""
+        return self._code
+
+    def details(self) -> str:
+        """What was found."""
+        return self._details
+
+    def trailing_metadata(self) -> tuple[()]:
+        """None came."""
+        return ()
+
+
+class BadAnswer(click.ClickException):
+    """The server answered something that the API rules out."""
+
+    exit_code = CALL_FAILED
+
+
+class Retry:
+    """When to try again after failures, and when to give up: `for_s` seconds after the first one without progress."""
+
+    def __init__(self, for_s: float) -> None:
+        self._for_s = for_s
+        self.progressed()
+
+    def progressed(self) -> None:
+        """Forgets the failures so far."""
+        self._give_up_at: float | None = None
+        self._backoff_s = BACKOFF_FIRST_S
+
+    def delay_s(self, error: grpc.RpcError) -> float:
+        """Seconds to wait before the next try; raises the error if there is to be none."""
+        now = monotonic()
+        self._give_up_at = now + self._for_s if self._give_up_at is None else self._give_up_at
+        # Full jitter on top of what the server asks for: clients that failed together must not come back together.
+        delay_s = (_retry_info_s(error) or 0.0) + uniform(0, self._backoff_s)  # noqa: S311 - jitter is no secret
+        if call_of(error).code() not in RETRYABLE or now + delay_s > self._give_up_at:
+            raise error
+        self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
+        return delay_s
+
+
+def messages(call: "grpc._CallIterator[Answer]", timeout_s: float) -> Iterator[Answer]:
+    """The messages of a server's stream; one that is not there `timeout_s` seconds after it was wanted is a cut.
+
+    Taken one by one as the caller wants them, so that the server need not go faster than its reader.
     """
-    give_up_at: float | None = None
-    backoff_s = BACKOFF_FIRST_S
-    for call in calls:
+    while True:
+        silent = threading.Event()
+
+        def give_up(silent: threading.Event = silent) -> None:
+            silent.set()
+            call.cancel()
+
+        watchdog = threading.Timer(timeout_s, give_up)
+        watchdog.daemon = True
+        watchdog.start()
         try:
-            return call.result()
-        except grpc.RpcError as error:
-            now = monotonic()
-            give_up_at = now + retry_for_s if give_up_at is None else give_up_at
-            # Full jitter on top of what the server asks for: clients that failed together must not come back together.
-            delay_s = (_retry_info_s(error) or 0.0) + uniform(0, backoff_s)  # noqa: S311 - jitter is no secret
-            if call_of(error).code() not in RETRYABLE or now + delay_s > give_up_at:
-                raise
-            on_retry(call_of(error).code(), delay_s)
-            sleep(delay_s)
-            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
-    raise AssertionError("the series of calls ended without an answer")
+            message = next(call)
+        except StopIteration:
+            return
+        except grpc.RpcError:
+            if silent.is_set():
+                raise CutShort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no message for {timeout_s:g} s") from None
+            raise
+        finally:
+            watchdog.cancel()
+        yield message
 
 
 def print_error(error: grpc.RpcError, target: Target) -> None:
@@ -188,6 +251,27 @@ def call_of(error: grpc.RpcError) -> grpc.Call:
     return cast(grpc.Call, error)
 
 
+def retry_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --retry-for, for commands over streams."""
+    return click.option(
+        "--retry-for",
+        type=Seconds(min=0, max=86_400),
+        default=60,
+        show_default=True,
+        help="How many seconds to go on after a failure without any progress before giving up.",
+    )(command)
+
+
+def console() -> "Console":
+    """Where tables go."""
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    if not found.is_terminal:
+        found.width = 120  # a pipe has no width; rich would take 80 and fold the values
+    return found
+
+
 def printable(text: str) -> str:
     """The text with control characters escaped: names and values come from events and must not steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -207,6 +291,19 @@ def parse_timestamp(text: str) -> Timestamp:
         raise ValueError(f"no such time: {fault}") from None
     # Not via a datetime's microseconds, so that the server is the one that cuts, and never through a float.
     return Timestamp(seconds=(instant - _EPOCH) // _SECOND, nanos=int((fraction or "0")[:9].ljust(9, "0")))
+
+
+def parse_instant(text: str, time_zone: str, option: str) -> Timestamp:
+    """Reads an option that is an RFC 3339 instant or a date, the start of that day in `time_zone`."""
+    try:
+        if not _DATE.fullmatch(text):
+            return parse_timestamp(text)
+        first = windows.first_instant(date.fromisoformat(text), time_zone or "UTC")
+    except windows.WindowFault as fault:
+        raise click.BadParameter(str(fault), param_hint="--time-zone") from None
+    except ValueError as fault:
+        raise click.BadParameter(f"{text!r}: {fault}.", param_hint=option) from None
+    return Timestamp(seconds=int(first.timestamp()))
 
 
 def _check_address(_ctx: click.Context, _param: click.Parameter, address: str) -> str:

@@ -1,13 +1,14 @@
 """Owns `metering ingest`: JSON lines in, batches of events out, and what became of every line."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import re
 import stat
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -18,6 +19,7 @@ import grpc
 
 from metering.v1 import error_reason_pb2, event_pb2, event_pb2_grpc
 from service.cli import client
+from service.cli.delivery import Delivery
 
 MESSAGE_BYTES_MAX = 3 * 1024 * 1024
 """Largest request: a margin below the 4 MiB that gRPC servers take by default."""
@@ -73,7 +75,7 @@ class Issue:
 class Batch:
     """Some lines in a row: the request made of them, and those that no event could be made of."""
 
-    request: event_pb2.IngestEventsRequest = field(default_factory=event_pb2.IngestEventsRequest)
+    request: event_pb2.StreamEventsRequest = field(default_factory=event_pb2.StreamEventsRequest)
     lines: list[int] = field(default_factory=list)
     issues: list[Issue] = field(default_factory=list)
     message_bytes: int = 0
@@ -88,9 +90,9 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     first_issues: list[Issue] = field(default_factory=list)
     issue_count: int = 0
-    resent_count: int = 0
+    cut_count: int = 0
 
-    def add(self, batch: Batch, response: event_pb2.IngestEventsResponse) -> None:
+    def add(self, batch: Batch, response: event_pb2.StreamEventsResponse) -> None:
         """Counts an answered batch."""
         events = batch.request.events
         if (
@@ -98,7 +100,7 @@ class Tally:
             or not all(verdict in _VERDICTS for verdict in response.verdicts)
             or not all(issue.index < len(events) for issue in response.issues)
         ):
-            raise BadAnswer(f"the server's answer does not give one verdict to each of {len(events)} events.")
+            raise client.BadAnswer(f"the server's answer does not give one verdict to each of {len(events)} events.")
         self.counts.update(_VERDICTS[verdict] for verdict in response.verdicts)
         self.counts["rejected"] += len(batch.issues)
         issues = [
@@ -127,19 +129,13 @@ class Tally:
             click.echo(client.printable(text), err=True)
         if self.issue_count > len(self.first_issues):
             click.echo(f"… and {self.issue_count - len(self.first_issues)} more", err=True)
-        if self.resent_count:
+        if self.cut_count:
             click.echo(
-                f"{self.resent_count} calls had to be repeated; what an earlier one had stored shows as duplicate",
+                f"sending began again {self.cut_count} times; what was stored without an answer shows as duplicate",
                 err=True,
             )
         for name in _VERDICTS.values():
             click.echo(f"{name:<10}{self.counts[name]:>12}")
-
-
-class BadAnswer(click.ClickException):
-    """The server answered something that the API rules out."""
-
-    exit_code = client.CALL_FAILED
 
 
 @click.command()
@@ -149,21 +145,7 @@ class BadAnswer(click.ClickException):
     type=click.IntRange(1, 10_000),
     default=1000,
     show_default=True,
-    help="Events per call. A batch is also cut at 3 MiB.",
-)
-@click.option(
-    "--concurrency",
-    type=click.IntRange(1, 64),
-    default=4,
-    show_default=True,
-    help="Calls in flight. With 1 the order of the file decides which of two contents under one id is stored.",
-)
-@click.option(
-    "--retry-for",
-    type=client.Seconds(min=0, max=86_400),
-    default=60,
-    show_default=True,
-    help="How many seconds a failing batch is sent again before giving up.",
+    help="Events per batch. A batch is also cut at 3 MiB.",
 )
 @click.option(
     "--issues",
@@ -172,12 +154,12 @@ class BadAnswer(click.ClickException):
     metavar="PATH",
     help="Write every issue to this file, as JSON lines with the line number.",
 )
-@client.target_options(timeout_s=30)
+@client.retry_option
+@client.target_options(timeout_s=30, timeout_help="Seconds without any answer that are taken for a failure.")
 def ingest(
     *,
     file: BinaryIO,
     batch_size: int,
-    concurrency: int,
     retry_for: float,
     issues_path: str | None,
     target: client.Target,
@@ -198,56 +180,40 @@ def ingest(
     sent as a string of the same digits, which metrics add up exactly.
 
     A line that is no valid event is counted as rejected, with its number, and stops nothing. Blank lines are skipped.
-    A batch goes out when it is full or the input ends.
+    A batch goes out when it is full or the input ends. Batches are stored in the order of the file, so of two contents
+    under one id the first is kept. They go over one stream; when it is cut, what was not answered is sent again.
 
-    Exit code: 0 all accepted or duplicate; 1 any event rejected or in conflict; 2 wrong usage; 3 a call failed for
-    good, or an answer made no sense: run the same command again.
+    Exit code: 0 all accepted or duplicate; 1 any event rejected or in conflict; 2 wrong usage; 3 the calls failed for
+    good, or an answer made no sense: run the same command again; 130 Ctrl-C.
     """
     with contextlib.ExitStack() as stack:
         tally = Tally(issues_file=_open_issues(issues_path, file, stack))
         channel = stack.enter_context(client.connected(target))
         stub = event_pb2_grpc.EventServiceStub(channel)
         show = stack.enter_context(_progress(file))
-        in_flight: deque[tuple[Batch, grpc.Future[event_pb2.IngestEventsResponse] | None]] = deque()
 
-        def send(batch: Batch) -> "grpc.Future[event_pb2.IngestEventsResponse]":
-            return stub.IngestEvents.future(batch.request, timeout=target.timeout_s, metadata=target.metadata)
-
-        def settle(retry_for_s: float) -> None:
-            batch, first_call = in_flight.popleft()
-            response = event_pb2.IngestEventsResponse()
-            if first_call is not None:
-                # Drawn one at a time: the next call, with the same ids, begins only when the one before it failed.
-                calls = itertools.chain([first_call], (send(batch) for _ in itertools.count()))
-                response = client.first_answer(calls, retry_for_s, on_retry)
+        def settle(batch: Batch, response: event_pb2.StreamEventsResponse) -> None:
             tally.add(batch, response)
             show(batch, tally)
 
-        def on_retry(code: grpc.StatusCode, delay_s: float) -> None:
-            tally.resent_count += 1
-            click.echo(f"{code.name}: sending the same events again in {delay_s:.1f} s", err=True)
+        def on_cut(code: grpc.StatusCode, delay_s: float) -> None:
+            tally.cut_count += 1
+            click.echo(f"{code.name}: sending again what was not answered in {delay_s:.1f} s", err=True)
 
         try:
-            for batch in batches(file, batch_size):
-                if len(in_flight) == concurrency:
-                    settle(retry_for)
-                in_flight.append((batch, send(batch) if batch.lines else None))
-            while in_flight:
-                settle(retry_for)
-        except (grpc.RpcError, BadAnswer, KeyboardInterrupt) as stop:
-            interrupted = isinstance(stop, KeyboardInterrupt)
-            while in_flight:  # so that the totals are those of every answer the server gave
-                if interrupted and in_flight[0][1] is not None:
-                    in_flight[0][1].cancel()
-                with contextlib.suppress(grpc.RpcError, grpc.FutureCancelledError, BadAnswer):
-                    settle(0)
+            # All that is tallied is tallied by the delivery's thread, until that has ended.
+            with Delivery(stub, target, client.Retry(retry_for), on_cut) as delivery:
+                for batch in batches(file, batch_size):
+                    delivery.send(batch.request, functools.partial(settle, batch))
+                delivery.finish()
+        except (grpc.RpcError, client.BadAnswer, KeyboardInterrupt) as stop:
             tally.print()
             click.echo(
                 f"stopped: {tally.counts.total()} lines were acknowledged. Running the same input again is safe: "
                 "what is stored already is answered duplicate",
                 err=True,
             )
-            if interrupted:
+            if isinstance(stop, KeyboardInterrupt):
                 raise click.exceptions.Exit(130) from None
             raise
     tally.print()
