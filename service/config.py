@@ -30,5 +30,6 @@ class Config:
     drain: timedelta = timedelta(seconds=20)
     stream_stall: timedelta = timedelta(seconds=60)
     time_limits: TimeLimits = field(default_factory=TimeLimits)
-    # Requests in flight may hold this many bytes before new ones are refused with RESOURCE_EXHAUSTED.
+    # Unary requests in flight may hold this many bytes before new ones are refused with RESOURCE_EXHAUSTED, and streams
+    # as many again before their next request has to wait.
     request_bytes_max: int = 64 * 1024 * 1024

@@ -169,7 +169,7 @@ class Ingest:
             metrics = await metric_store.all_metrics(connection, organization)
             # In a thread: an organization with many metrics must not keep the others' calls from the loop.
             compiled = await asyncio.to_thread(event_store.ingest_statements, metrics)
-            known = self._statements.keep(organization, version, compiled)
+            known = self._statements.keep(organization, version, len(metrics), compiled)
         return known
 
 

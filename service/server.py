@@ -89,9 +89,10 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
         raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
     if await auth.is_open():
         _require_local(config.listen)
-    streams, request_bytes = Streams(config.stream_stall), RequestBytes(config.request_bytes_max)
-    server = grpc.aio.server(interceptors=[Interceptor(auth, request_bytes, streams)], options=list(_OPTIONS))
-    events = EventService(database, tokens, ingest, streams, request_bytes)
+    streams, stream_bytes = Streams(config.stream_stall), RequestBytes(config.request_bytes_max)
+    interceptor = Interceptor(auth, RequestBytes(config.request_bytes_max), streams, stream_bytes)
+    server = grpc.aio.server(interceptors=[interceptor], options=list(_OPTIONS))
+    events = EventService(database, tokens, ingest, streams, stream_bytes)
     event_pb2_grpc.add_EventServiceServicer_to_server(events, server)
     billable_metric_pb2_grpc.add_BillableMetricServiceServicer_to_server(
         BillableMetricService(database, tokens, backfill.wake), server

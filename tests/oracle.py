@@ -6,12 +6,13 @@ looking at the clock of the zone, and every window is made of the events that li
 
 import functools
 import io
+import itertools
 import json
 import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -71,7 +72,11 @@ class GroupBy(NamedTuple):
 
 
 class Window(NamedTuple):
-    """One row of the answer. `used` says whether any event matched, which is when update_time is set."""
+    """One row of the answer.
+
+    `used` says whether any event matched, which is when update_time is set; None if either may be: there was one, but
+    it was taken away, it came under a key that the customer had given up, or it is in an hour that a bound cuts.
+    """
 
     customer_id: str
     metric_id: str
@@ -82,7 +87,31 @@ class Window(NamedTuple):
     groups: dict[str, str | None]
     truncated: bool
     incomplete: bool
-    used: bool
+    used: bool | None
+
+
+class GroupedRow(NamedTuple):
+    """One row of a grouped answer; `group` as the answer gives it, without the properties that are missing."""
+
+    start: datetime
+    end: datetime
+    group: dict[str, str]
+    value: str | None
+    skipped: int
+    incomplete: bool
+    used: bool | None
+
+
+class GroupedSelection(NamedTuple):
+    """What a grouped query asks for: one customer by all its keys, one metric, and which values of which properties."""
+
+    keys: frozenset[str]
+    metric: Metric
+    windows: Sequence[Span]
+    group_key: tuple[str, ...] = ()
+    filters: Mapping[str, Sequence[str]] = {}
+    omit_empty: bool = False
+    former: frozenset[str] = frozenset()
 
 
 class Selection(NamedTuple):
@@ -94,6 +123,7 @@ class Selection(NamedTuple):
     named_customers: bool = True
     named_metrics: bool = True
     omit_empty: bool = False
+    former: Mapping[str, frozenset[str]] = {}  # customer id -> keys that named it once
 
 
 # --- Values
@@ -179,6 +209,31 @@ def matches(metric: Metric, event: Event) -> bool:
     return all(_passes(one, canonical(event.properties.get(one.name))) for one in metric.filters)
 
 
+def outcome(metric: Metric, event: Event) -> tuple[str, str]:
+    """Return what becomes of an event, COUNTED, SKIPPED or NOT_MATCHED, and the field of the metric that decides."""
+    value = canonical(event.properties.get(metric.aggregation_key)) if metric.aggregation_key else ""
+    if not matches(metric, event):
+        return "NOT_MATCHED", _first_failure(metric, event)
+    usable = value is not None if metric.aggregation == "UNIQUE" else units(value) is not None
+    if metric.aggregation == "COUNT" or usable:
+        return "COUNTED", ""
+    return "SKIPPED", "aggregation_key"
+
+
+def _first_failure(metric: Metric, event: Event) -> str:
+    if metric.event_types and event.event_type not in metric.event_types:
+        return "event_type_filter.in_values"
+    if event.event_type in metric.excluded_event_types:
+        return "event_type_filter.not_in_values"
+    for i, one in enumerate(metric.filters):
+        value = canonical(event.properties.get(one.name))
+        for name in ("exists", "in_values", "not_in_values"):
+            # The filter with this one condition only.
+            if not _passes(Filter(one.name)._replace(**{name: getattr(one, name)}), value):
+                return f"property_filters[{i}].{name}"
+    return "archive_time"
+
+
 def aggregate(metric: Metric, events: Iterable[Event]) -> tuple[str | None, int]:
     """Return the value of events that all match, and how many of them were skipped."""
     events = list(events)
@@ -212,6 +267,8 @@ def usage(events: Iterable[Event], selection: Selection, now: datetime) -> list[
     found = []
     for customer_id, keys in sorted(selection.customers.items()):
         own = [event for event in events if event.customer_key in keys and starts[0] <= event.timestamp < end]
+        ever = keys | selection.former.get(customer_id, frozenset())
+        once = [event for event in events if event.customer_key in ever]
         for metric, group_by in sorted(selection.metrics, key=lambda one: one[0].id):
             inside: dict[int, list[Event]] = {}
             for event in own:
@@ -219,9 +276,75 @@ def usage(events: Iterable[Event], selection: Selection, now: datetime) -> list[
                     inside.setdefault(bisect_right(starts, event.timestamp) - 1, []).append(event)
             if not inside and not both_named:
                 continue
+            touched = [] if selection.omit_empty else _touched_hours(metric, once)
             for i in sorted(inside) if selection.omit_empty else range(len(starts)):
-                found.append(_window(customer_id, metric, group_by, selection.windows[i], inside.get(i, []), now))
+                row = _window(customer_id, metric, group_by, selection.windows[i], inside.get(i, []), now)
+                maybe = not row.used and _touches(touched, selection.windows[i])
+                found.append(row._replace(used=None) if maybe else row)
     return found
+
+
+def grouped_usage(events: Iterable[Event], selection: GroupedSelection, now: datetime) -> list[GroupedRow]:
+    """Return the whole answer of ListUsageWithGroups, read at `now`."""
+    keys, metric, windows, group_key, filters, omit_empty, former = selection
+    events = list(events)
+    touched = _touched_hours(metric, [event for event in events if event.customer_key in keys | former])
+    named = {name: set(values) for name, values in filters.items() if values}
+    inside: dict[int, dict[tuple[str | None, ...], list[Event]]] = {}
+    starts = [start for start, _ in windows]
+    for event in events:
+        if event.customer_key not in keys or not starts[0] <= event.timestamp < windows[-1][1]:
+            continue
+        values = {name: canonical(event.properties.get(name)) for name in group_key}
+        if matches(metric, event) and all(values[name] in wanted for name, wanted in named.items()):
+            groups = inside.setdefault(bisect_right(starts, event.timestamp) - 1, {})
+            groups.setdefault(tuple(values.values()), []).append(event)
+    combinations = list(itertools.product(*(sorted(named[name]) if name in named else [None] for name in group_key)))
+    found = []
+    for i in sorted(inside) if omit_empty else range(len(windows)):
+        groups = dict(inside.get(i, {}))
+        if not omit_empty:
+            for one in combinations:
+                # A combination says nothing of the properties that are not filtered: any group may be of it.
+                if not any(_agree(one, group) for group in inside.get(i, {})):
+                    groups[one] = []
+        start, end = windows[i]
+        for group in sorted(groups, key=_group_order):
+            value, skipped = aggregate(metric, groups[group])
+            told = {name: one for name, one in zip(group_key, group, strict=True) if one is not None}
+            used = bool(groups[group]) or (None if not group_key and _touches(touched, windows[i]) else False)
+            found.append(GroupedRow(start, end, told, value, skipped, end > now, used))
+    return found
+
+
+def _touched_hours(metric: Metric, events: Iterable[Event]) -> list[datetime]:
+    """Return the hours in which the metric counted anything, even if it was archived since."""
+    ever = replace(metric, archived_at=None)
+    return sorted({hour(event.timestamp) for event in events if matches(ever, event)})
+
+
+def _touches(hours: Sequence[datetime], span: Span) -> bool:
+    """Say whether any of the hours lies in a span, in part at least."""
+    i = bisect_right(hours, hour(span[0]) - MICROSECOND)
+    return i < len(hours) and hours[i] < span[1]
+
+
+def settled(found: Sequence[Any], expected: Sequence[Any]) -> list[Any]:
+    """Return rows found with `used` None where the row expected in their place has None."""
+    places = itertools.zip_longest(found, expected)
+    return [
+        one._replace(used=None) if other is not None and other.used is None else one
+        for one, other in places
+        if one is not None
+    ]
+
+
+def _agree(combination: Sequence[str | None], group: Sequence[str | None]) -> bool:
+    return all(one is None or one == other for one, other in zip(combination, group, strict=True))
+
+
+def _group_order(group: Sequence[str | None]) -> list[tuple[bool, bytes]]:
+    return [(one is None, (one or "").encode()) for one in group]
 
 
 def _window(
@@ -249,6 +372,60 @@ def _passes(one: Filter, value: str | None) -> bool:
     if one.in_values and value not in one.in_values:
         return False
     return value is None or value not in one.not_in_values
+
+
+# --- Search
+
+
+class Search(NamedTuple):
+    """What a search asks for; empty or None = any. `keys` are those of the customer, or the one key."""
+
+    ids: frozenset[str] = frozenset()
+    keys: frozenset[str] = frozenset()
+    event_type: str = ""
+    start: datetime | None = None
+    end: datetime | None = None
+
+
+def search(events: Iterable[Event], asked: Search) -> list[Event]:
+    """Return the events found, in the order of the answer."""
+    found = [
+        event
+        for event in events
+        if (not asked.ids or event.transaction_id in asked.ids)
+        and (not asked.keys or event.customer_key in asked.keys)
+        and asked.event_type in {"", event.event_type}
+        and (asked.start is None or event.timestamp >= asked.start)
+        and (asked.end is None or event.timestamp < asked.end)
+    ]
+    return sorted(found, key=lambda event: (event.timestamp, event.transaction_id.encode()), reverse=True)
+
+
+# --- Billing periods
+
+
+def billing_period(
+    frequency: str, anchor: date, starting_on: date, ending_before: date | None, day: date
+) -> tuple[date, date] | None:
+    """Return the billing period that holds a day, and the day after it, by walking from day to day."""
+    if day < starting_on or (ending_before is not None and day >= ending_before):
+        return None
+    first, end = day, day + timedelta(days=1)
+    while first > starting_on and not _begins_period(frequency, anchor, first):
+        first -= timedelta(days=1)
+    while end != ending_before and not _begins_period(frequency, anchor, end):
+        end += timedelta(days=1)
+    return first, end
+
+
+def _begins_period(frequency: str, anchor: date, day: date) -> bool:
+    if frequency == "WEEKLY":
+        return day.weekday() == anchor.weekday()
+    last = (day + timedelta(days=1)).month != day.month
+    if day.day != anchor.day and not (last and anchor.day > day.day):
+        return False
+    every = {"MONTHLY": 1, "QUARTERLY": 3, "ANNUAL": 12}[frequency]
+    return (day.month - anchor.month) % every == 0
 
 
 # --- Windows

@@ -93,6 +93,12 @@ def usage(**fields: Any) -> Any:
     return lambda c: c.usage.ListUsage(request)
 
 
+def grouped(**fields: Any) -> Any:
+    """ListUsageWithGroups in one window."""
+    request = usage_pb2.ListUsageWithGroupsRequest(window_size="WINDOW_SIZE_NONE", **fields)
+    return lambda c: c.usage.ListUsageWithGroups(request)
+
+
 def period(**fields: Any) -> Any:
     """SetBillingPeriod of an unknown customer, with a sound period unless told otherwise."""
     fields = {
@@ -161,9 +167,14 @@ GOLDEN: dict[str, tuple[Any, str, str | None]] = {
     "CUSTOMER_KEY_IN_USE": (customer(ingest_aliases=["taken"]), AE, None),
     "BUYER_ID_IN_USE": (customer(buyer_id="buyer"), AE, None),
     "METRIC_KEY_IN_USE": (metric(key="requests"), AE, None),
+    "NO_BILLING_PERIOD": (
+        grouped(customer_id=C, billable_metric_id=M, current_period=True), "FAILED_PRECONDITION", None,
+    ),
 }  # fmt: skip
-# These have tests of their own in this file.
+# These have tests of their own in this file; those of streams in test_streams and test_stream_events.
 ELSEWHERE = {
+    "SERVER_DRAINING",
+    "STREAM_STALLED",
     "MALFORMED_REQUEST",
     "METRIC_BACKFILLING",
     "CREDENTIAL_MISSING",
@@ -214,6 +225,7 @@ async def test_the_metadata_names_what_collided(filled: Client) -> None:
         "CUSTOMER_KEY_IN_USE": {"keys": "taken"},
         "BUYER_ID_IN_USE": {"buyer_id": "buyer"},
         "METRIC_KEY_IN_USE": {"key": "requests"},
+        "NO_BILLING_PERIOD": {"id": C},
     }
     for reason, metadata in expected.items():
         assert (await fault_of(GOLDEN[reason][0](filled))).metadata == metadata

@@ -11,7 +11,7 @@ import itertools
 import random
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple
@@ -21,19 +21,22 @@ import oracle
 import pytest
 import sqlalchemy as sa
 from conftest import Client, Process, event, running_server, start_server, timestamp
+from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from metering.v1 import billable_metric_pb2, customer_pb2, event_pb2, usage_pb2
 from service import auth
 from service.database import Database
 from service.domain import windows as service_windows
+from service.rpc import streams as streams_rpc
+from service.rpc import usage as usage_rpc
 from service.store import cells, organizations
 from service.store import metrics as metric_store
 from service.store.tables import billable_metrics
 
-EXAMPLES = 40
+EXAMPLES = 10
 LONG_FACTOR = 10
 STAGES = 4  # events are sent in the first three; in the last, what comes too late for all of them
 
@@ -48,6 +51,10 @@ ZONES = (
     "Asia/Kathmandu",
 )
 PAGE_BYTES_MAX = 1.3 * 1024 * 1024  # "about 1 MiB"
+NARROW_MESSAGE_BYTES = 700
+NARROW_READ_BYTES = 8_000
+MESSAGES_RESUMED = 1  # of a stream of a plan, beside the last one
+STREAMED_MAX = 80  # rows
 CUT_ONLY = timedelta(minutes=75)
 EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -206,6 +213,31 @@ class Query(NamedTuple):
     pages: int
 
 
+class GroupedQuery(NamedTuple):
+    """A grouped query: windows and paging of `query`, one customer and one metric by number.
+
+    `key` is the number of the group key, 0 = none; `order` is how to sort its properties; `filters` are by property.
+    """
+
+    query: Query
+    customer: int
+    metric: int
+    key: int
+    order: tuple[int, ...]
+    filters: dict[str, tuple[str, ...]]
+
+
+class SearchQuery(NamedTuple):
+    """A search: by a number of ids, or by a key (in any case), a type and bounds; None = not by it."""
+
+    ids: int | None
+    key: str | None
+    event_type: str | None
+    first: Time | None
+    last: Time | None
+    page_size: int
+
+
 class Plan(NamedTuple):
     """One example. `owners[stage]` is who owns the aliases from that stage on; customers appear at their stage."""
 
@@ -218,6 +250,8 @@ class Plan(NamedTuple):
     again: tuple[Again, ...]
     atomic: frozenset[tuple[int, int]]
     queries: tuple[Query, ...]
+    grouped: tuple[GroupedQuery, ...]
+    searches: tuple[SearchQuery, ...]
 
 
 SCENES = (
@@ -329,6 +363,8 @@ def plans(draw: st.DrawFn) -> Plan:
         again=tuple(draw(_list(resend, 20))) if sent else (),
         atomic=frozenset(draw(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=2))),
         queries=tuple(draw(queries(planned, number, len(customers), moments)) for _ in range(8)),
+        grouped=tuple(draw(grouped_queries(planned, number, len(customers), moments)) for _ in range(6)),
+        searches=tuple(draw(st.lists(searches(moments), max_size=4))),
     )
 
 
@@ -363,6 +399,44 @@ def queries(
     )
 
 
+@st.composite
+def grouped_queries(
+    draw: st.DrawFn, planned: Sequence[PlannedMetric], metrics: int, customers: int, moments: Sequence[Time]
+) -> GroupedQuery:
+    """Draw a grouped query, with filters by some of its properties."""
+    metric = draw(st.integers(0, metrics - 1))
+    keys = [one.definition.group_keys for one in planned for _ in one.stages][metric]
+    key = draw(st.integers(0, len(keys)))
+    properties = keys[key - 1] if key else ()
+    filtered = draw(st.sets(st.sampled_from(properties))) if properties else set()
+    values = st.one_of(_some(GROUP_VALUES, 4), _some(GROUP_VALUES, 4), st.just(()))
+    return GroupedQuery(
+        query=draw(queries(planned, metrics, customers, moments)),
+        customer=draw(st.integers(0, customers - 1)),
+        metric=metric,
+        key=key,
+        order=draw(st.permutations(range(len(properties))).map(tuple)),
+        filters={name: draw(values) for name in sorted(filtered)},
+    )
+
+
+def searches(moments: Sequence[Time]) -> st.SearchStrategy[SearchQuery]:
+    """Draw a search."""
+    bound = st.one_of(st.none(), st.sampled_from(moments))
+    key = st.sampled_from((*KEYS, *CUSTOMERS)).flatmap(
+        lambda key: st.sampled_from((key, key.upper() if "-" in key else key))
+    )
+    return st.builds(
+        SearchQuery,
+        st.one_of(st.none(), st.none(), st.integers(0, 9)),
+        st.one_of(st.none(), key),
+        st.one_of(st.none(), st.sampled_from(EVENT_TYPES)),
+        bound,
+        bound,
+        st.sampled_from((0, 1, 2, 7)),
+    )
+
+
 def _some(items: Sequence[Any], most: int) -> st.SearchStrategy[tuple[Any, ...]]:
     return st.lists(st.sampled_from(items), unique=True, min_size=1, max_size=most).map(tuple)
 
@@ -390,37 +464,47 @@ class _Authorized:
 
 
 class Tenant(NamedTuple):
-    """One organization, as seen through each server, and the database under them."""
+    """One organization, as seen through each server, and the database under them.
+
+    `narrow` is a client of one more server, whose streams have small messages.
+    """
 
     organization: str
     clients: tuple[Client, ...]
     database: Database
+    narrow: Client | None = None
+
+
+async def new_tenant(
+    database: Database, organization: str, servers: Sequence[Client], narrow: Client | None = None
+) -> Tenant:
+    """Make an organization, and clients of these servers that have a key of it."""
+    key = auth.new_api_key()
+
+    async def create(connection: Any) -> None:
+        await organizations.create_organization(connection, organization)
+        await organizations.create_api_key(connection, organization, key.id, "test", key.secret_hash)
+
+    def with_key(client: Client) -> Client:
+        return Client(client.address, _Authorized(client.channel, key.text))  # type: ignore[arg-type]
+
+    await database.write(create)
+    return Tenant(organization, tuple(map(with_key, servers)), database, narrow and with_key(narrow))
 
 
 @dataclass
 class Servers:
-    """Two servers on one database."""
+    """Two servers on one database, and a third one in this process whose streams have small messages."""
 
     processes: Sequence[Process]
-    channels: Sequence[grpc.aio.Channel]
+    clients: Sequence[Client]
     database: Database
+    narrow: Client | None = None
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     async def tenant(self) -> Tenant:
         """Make a new organization."""
-        organization = f"org {next(self.numbers)}"
-        key = auth.new_api_key()
-
-        async def create(connection: Any) -> None:
-            await organizations.create_organization(connection, organization)
-            await organizations.create_api_key(connection, organization, key.id, "test", key.secret_hash)
-
-        await self.database.write(create)
-        clients = tuple(
-            Client(process.address, _Authorized(channel, key.text))  # type: ignore[arg-type]
-            for process, channel in zip(self.processes, self.channels, strict=True)
-        )
-        return Tenant(organization, clients, self.database)
+        return await new_tenant(self.database, f"org {next(self.numbers)}", self.clients, self.narrow)
 
 
 @pytest.fixture(scope="module")
@@ -435,19 +519,28 @@ async def servers(postgres: Any, template: str) -> AsyncIterator[Servers]:
     database = Database(database_url)
     servers = Servers([], [], database)
     await servers.tenant()  # the first key: from here on every call needs one
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(_drop, engine, name)
+        stack.push_async_callback(database.close)
         servers.processes = [start_server("--database-url", database_url) for _ in range(2)]
-        servers.channels = [grpc.aio.insecure_channel(process.address) for process in servers.processes]
+        for process in servers.processes:
+            stack.callback(process.process.kill)
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(process.address))
+            servers.clients = [*servers.clients, Client(process.address, channel)]
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for module in (usage_rpc, streams_rpc):
+            patch.setattr(module, "MESSAGE_BYTES", NARROW_MESSAGE_BYTES)
+        patch.setattr(streams_rpc, "READ_BYTES_MAX", NARROW_READ_BYTES)
+        servers.narrow = await stack.enter_async_context(running_server(database_url))
         yield servers
-    finally:
-        for channel in servers.channels:
-            await channel.close()
         codes = [process.stop() for process in servers.processes]
-        await database.close()
-        async with engine.connect() as connection:
-            await connection.execute(sa.text(f'DROP DATABASE "{name}" WITH (FORCE)'))
-        await engine.dispose()
     assert codes == [0, 0]
+
+
+async def _drop(engine: AsyncEngine, name: str) -> None:
+    async with engine.connect() as connection:
+        await connection.execute(sa.text(f'DROP DATABASE "{name}" WITH (FORCE)'))
+    await engine.dispose()
 
 
 # --- Running a plan
@@ -486,6 +579,7 @@ class Run:
         self.archive_times: list[datetime] = []
         self.stored: dict[str, oracle.Event] = {}
         self.aliases: dict[str, set[str]] = {}
+        self.former: dict[str, frozenset[str]] = {}  # every alias a customer had
         self.archived_customers: set[str] = set()
         self._turn = 0
 
@@ -505,8 +599,13 @@ class Run:
                 *(self.archive_metric(i) for i in self._archived_at(stage)),
             )
             # What was acknowledged is in the very next answer. (Naming no metric would mean all.)
-            if stage < STAGES - 1 and (counted := await self.counted()):
+            if stage == STAGES - 1:
+                break
+            if counted := await self.counted():
                 await self.compare(self.everything(counted))
+            counted_ids = {one.id for one in counted}
+            unfinished = {one.definition.id for one in self.metrics if one} - counted_ids
+            await self.compare_search(SearchQuery(None, None, None, None, None, 0), unfinished)
         if self.plan.archived_customer is not None:
             await self.archive_customer(CUSTOMERS[self.plan.archived_customer])
         await asyncio.gather(*(self.wait(known) for known in self.metrics if known))
@@ -514,7 +613,11 @@ class Run:
         rows = await self.compare(self.everything(known))
         self.compare_twins(rows)
         for query in self.plan.queries:
-            await self.compare(self.request(query))
+            await self.compare(self.request(query), streamed=True)
+        for grouped in self.plan.grouped:
+            await self.compare_grouped(grouped)
+        for search in (SearchQuery(None, None, None, None, None, 5), *self.plan.searches):
+            await self.compare_search(search)
         for start in sorted({one.timestamp for one in self.stored.values()})[:: max(1, len(self.stored) // 4)]:
             # From an event on, to the microsecond: cells are cut wherever events are.
             await self.compare(self.everything(known, start))
@@ -545,6 +648,7 @@ class Run:
             sent = [alias.upper() if alias == STRANGER else alias for alias in aliases]
             request = customer_pb2.SetIngestAliasesRequest(id=customer_id, ingest_aliases=sent)
             await self.client.customers.SetIngestAliases(request)
+            self.former[customer_id] = self.former.get(customer_id, frozenset()) | self.aliases[customer_id]
             self.aliases[customer_id] = aliases
 
     async def archive_customer(self, customer_id: str) -> None:
@@ -593,6 +697,8 @@ class Run:
 
     async def _ingest(self, call: int, sent: Sequence[event_pb2.UsageEvent], *, all_or_nothing: bool) -> Any:
         client = self.tenant.clients[call % len(self.tenant.clients)]
+        if call >= len(self.tenant.clients) and not all_or_nothing:
+            return await _stream_events(client, sent)
         try:
             return list((await client.ingest(*sent, all_or_nothing=all_or_nothing)).verdicts)
         except grpc.aio.AioRpcError as error:
@@ -661,7 +767,9 @@ class Run:
             "billable_metrics": [{"id": one.id} for one in metrics],
         }
         named = bool(self.aliases), bool(metrics)
-        return request, oracle.Selection(self._keys(), [(one, None) for one in metrics], [span], *named)
+        return request, oracle.Selection(
+            self._keys(), [(one, None) for one in metrics], [span], *named, former=self.former
+        )
 
     def request(self, query: Query) -> tuple[dict[str, Any], oracle.Selection]:
         """Turn a planned query into a request, and into what the oracle takes."""
@@ -689,11 +797,78 @@ class Run:
                 {"id": one.id, **({"group_by": group_by._asdict()} if group_by else {})} for one, group_by in selected
             ]
         named = query.customers is not None, query.metrics is not None
-        return request, oracle.Selection(keys, selected, windows, *named, query.omit_empty)
+        return request, oracle.Selection(keys, selected, windows, *named, query.omit_empty, self.former)
 
-    async def compare(self, asked: tuple[dict[str, Any], oracle.Selection]) -> list[oracle.Window]:
+    async def compare(
+        self, asked: tuple[dict[str, Any], oracle.Selection], *, streamed: bool = False
+    ) -> list[oracle.Window]:
         """Ask, page by page and each page from another server, and require the oracle's answer; returns it."""
-        return await compare(lambda: self.client, self.stored.values(), *asked)
+        return await compare(lambda: self.client, self.stored.values(), *asked, self.tenant if streamed else None)
+
+    async def compare_grouped(self, grouped: GroupedQuery) -> None:
+        """Ask for the groups of one customer and metric, in pages and as a stream, and require the oracle's answer."""
+        query, metric = grouped.query, self.metrics[grouped.metric]
+        assert metric is not None
+        key = metric.definition.group_keys[grouped.key - 1] if grouped.key else ()
+        key = tuple(key[i] for i in grouped.order)
+        customer_id = CUSTOMERS[grouped.customer]
+        windows = self._windows(query)
+        selection = oracle.GroupedSelection(
+            self._keys()[customer_id],
+            metric.definition,
+            windows,
+            key,
+            grouped.filters,
+            query.omit_empty,
+            self.former.get(customer_id, frozenset()),
+        )
+        fields: dict[str, Any] = {
+            "customer_id": customer_id.upper(),
+            "billable_metric_id": metric.definition.id,
+            "window_size": f"WINDOW_SIZE_{query.size}",
+            "time_zone": self._zone(query) if query.size == "DAY" else "",
+            "group_key": key,
+            "group_filters": {name: {"values": values} for name, values in grouped.filters.items()},
+            "omit_empty_windows": query.omit_empty,
+        }
+        await compare_grouped(self.tenant, self.stored.values(), fields, selection, query.pages)
+
+    async def compare_search(self, search: SearchQuery, unfinished: Iterable[str] = ()) -> None:
+        """Search, page by page, and require the oracle's events and what it makes of them.
+
+        `unfinished` are the metrics that may still be counting their past.
+        """
+        ids = frozenset(list(self.stored)[:: search.ids + 1]) if search.ids is not None else frozenset()
+        request = event_pb2.SearchEventsRequest(page_size=search.page_size)
+        asked = oracle.Search(ids=frozenset({*ids, "not stored"}) if ids else ids)
+        if ids:
+            request.transaction_ids.extend(asked.ids)
+        else:
+            bounds = [one and self.instant(one) for one in (search.first, search.last)]
+            start, end = bounds if None in bounds else sorted(bounds, key=lambda one: one or EARLIEST)
+            if start and end and start == end:
+                end = end + oracle.MICROSECOND
+            keys: frozenset[str] = frozenset()
+            if search.key:
+                key = search.key.lower() if "-" in search.key else search.key
+                keys = self._keys().get(key, frozenset({key}))
+            asked = oracle.Search(frozenset(), keys, search.event_type or "", start, end)
+            request.customer_id = search.key or ""
+            request.event_type = asked.event_type
+            for field_name, bound in (("starting_on", start), ("ending_before", end)):
+                if bound:
+                    getattr(request, field_name).CopyFrom(timestamp(bound))
+        known = sorted((one.definition for one in self.metrics if one), key=lambda one: one.id)
+        owners = {key: customer_id for customer_id, keys in self._keys().items() for key in keys}
+        found = await read_search(lambda: self.client, request)
+        assert [one.event.transaction_id for one in found] == [
+            one.transaction_id for one in oracle.search(self.stored.values(), asked)
+        ], request
+        for one in found:
+            stored = self.stored[one.event.transaction_id]
+            assert one.matched_customer_id == owners.get(stored.customer_key, "")
+            assert not one.HasField("void_time")
+            require_explained(one, stored, known, unfinished)
 
     def compare_twins(self, rows: Sequence[oracle.Window]) -> None:
         """Metrics of one definition have the same numbers, whether made before, between or after the events."""
@@ -798,6 +973,89 @@ class Run:
 # --- What plans and single tests share
 
 
+async def _stream_events(client: Client, sent: Sequence[event_pb2.UsageEvent]) -> list[Any]:
+    """Send events in batches over one stream, and return the verdicts of all."""
+    size = max(1, len(sent) // 3)
+    parts = [sent[start : start + size] for start in range(0, len(sent), size)]
+    requests = [event_pb2.StreamEventsRequest(sequence=i, events=part) for i, part in enumerate(parts, 1)]
+    answers = [one async for one in client.events.StreamEvents(iter(requests))]
+    assert [one.sequence for one in answers] == [one.sequence for one in requests]
+    assert [len(one.verdicts) for one in answers] == [len(part) for part in parts]
+    return [verdict for one in answers for verdict in one.verdicts]
+
+
+class Rows(NamedTuple):
+    """A listing read to its end."""
+
+    rows: list[Any]
+    next_updated_since: Any
+
+
+def _requests(method: str, fields: Mapping[str, Any]) -> Any:
+    return getattr(usage_pb2, f"{method}Request")(**fields)
+
+
+async def read_pages(clients: Sequence[Client], method: str, fields: Mapping[str, Any], page_size: int) -> Rows:
+    """Read all pages of a listing, each from another server; the time to go on from is the same on all of them."""
+    request = _requests(method, fields)
+    request.page_size = page_size
+    rows: list[Any] = []
+    since = None
+    for client in itertools.cycle(clients):
+        page = await getattr(client.usage, method)(request)
+        assert len(page.windows) <= (page_size or 1_000)
+        assert since in {None, page.next_updated_since.ToNanoseconds()}
+        since = page.next_updated_since.ToNanoseconds()
+        rows += page.windows
+        if not page.next_page_token:
+            return Rows(rows, page.next_updated_since)
+        request.page_token = page.next_page_token
+    raise AssertionError
+
+
+async def read_messages(client: Client, method: str, fields: Mapping[str, Any]) -> list[Any]:
+    """Read all messages of a stream: each has a token, and the last one alone says that it is complete."""
+    messages = [one async for one in getattr(client.usage, method)(_requests(method, fields))]
+    assert [one.complete for one in messages] == [False] * (len(messages) - 1) + [True]
+    assert all(one.resume_token for one in messages)
+    assert len({one.next_updated_since.ToNanoseconds() for one in messages}) == 1
+    return messages
+
+
+async def read_stream(clients: Sequence[Client], method: str, fields: Mapping[str, Any]) -> Rows:
+    """Read a stream to its end."""
+    messages = await read_messages(clients[0], method, fields)
+    return Rows([row for one in messages for row in one.windows], messages[-1].next_updated_since)
+
+
+async def check_stream(
+    tenant: Tenant,
+    method: str,
+    fields: Mapping[str, Any],
+    expected: Sequence[Any],
+    row: Callable[[Any], Any],
+    resumed: int = MESSAGES_RESUMED,
+) -> int:
+    """Require that a stream gives these rows, and from every message on (or so many) exactly the rest, elsewhere too.
+
+    Returns of how many messages it is.
+    """
+    assert tenant.narrow is not None
+    messages = await read_messages(tenant.narrow, method, fields)
+    rows = [one for message in messages for one in message.windows]
+    assert oracle.settled([row(one) for one in rows], expected) == list(expected), fields
+    assert all(len(one.windows) <= 1 or one.ByteSize() <= NARROW_MESSAGE_BYTES + 1_000 for one in messages)
+    last = len(messages) - 1
+    chosen = random.Random(last).sample(range(last), min(last, resumed))
+    for number, client in zip([*chosen, last], itertools.cycle((*tenant.clients, tenant.narrow))):
+        rest = await read_messages(client, method, {**fields, "resume_token": messages[number].resume_token})
+        sent = sum(len(one.windows) for one in messages[: number + 1])
+        assert [one for message in rest for one in message.windows] == rows[sent:]
+        assert rest[0].next_updated_since == messages[0].next_updated_since
+        assert number < last or len(rest) == 1
+    return len(messages)
+
+
 def wire(one: oracle.Event, key: str | None = None) -> event_pb2.UsageEvent:
     """Write an event as it is sent, with its customer key as the caller spells it."""
     return event(
@@ -847,19 +1105,104 @@ async def fetch(client: Client, metric_id: str) -> billable_metric_pb2.BillableM
 
 
 async def compare(
-    client: Callable[[], Client], stored: Iterable[oracle.Event], request: dict[str, Any], selection: oracle.Selection
+    client: Callable[[], Client],
+    stored: Iterable[oracle.Event],
+    request: dict[str, Any],
+    selection: oracle.Selection,
+    streamed: Tenant | None = None,
 ) -> list[oracle.Window]:
     """Ask, page by page, and require the oracle's answer over the stored events; returns it.
 
-    `pages` in `request` says in how many pages (0 = the default size); bounds come from the selection.
+    `pages` in `request` says in how many pages (0 = the default size); bounds come from the selection. With `streamed`
+    the answer is asked for as a stream too.
     """
     before = datetime.now(UTC)
     expected = oracle.usage(stored, selection, before)
     found = await read(client, request, selection.windows, len(expected))
-    if found != expected and any(before < end <= datetime.now(UTC) for _, end in selection.windows):
+    if oracle.settled(found, expected) != expected and any(
+        before < end <= datetime.now(UTC) for _, end in selection.windows
+    ):
         expected = oracle.usage(stored, selection, datetime.now(UTC))  # a window ended in between
-    assert found == expected, request
+    assert oracle.settled(found, expected) == expected, request
+    if streamed and len(expected) <= STREAMED_MAX:
+        await check_stream(streamed, "StreamUsage", _bounded(request, selection.windows), expected, _row)
     return expected
+
+
+async def compare_grouped(
+    tenant: Tenant,
+    stored: Iterable[oracle.Event],
+    fields: dict[str, Any],
+    selection: oracle.GroupedSelection,
+    pages: int = 0,
+) -> int:
+    """Ask in pages and as a stream, and require the oracle's answer; returns of how many messages the stream is."""
+    stored = list(stored)
+    now = datetime.now(UTC)
+    expected = oracle.grouped_usage(stored, selection, now)
+    fields = _bounded(fields, selection.windows)
+    size = max(1, len(expected) // pages) if pages else 0
+    found = await read_pages(tenant.clients, "ListUsageWithGroups", fields, size)
+    if any(now < end <= datetime.now(UTC) for _, end in selection.windows):
+        expected = oracle.grouped_usage(stored, selection, datetime.now(UTC))  # a window ended in between
+    rows = [grouped_row(one) for one in found.rows]
+    assert oracle.settled(rows, expected) == expected, fields
+    if len(expected) > STREAMED_MAX:
+        return 0
+    return await check_stream(tenant, "StreamUsageWithGroups", fields, expected, grouped_row)
+
+
+async def read_search(
+    client: Callable[[], Client], request: event_pb2.SearchEventsRequest
+) -> list[event_pb2.StoredEvent]:
+    """Read all pages of a search."""
+    found: list[event_pb2.StoredEvent] = []
+    while True:
+        page = await client().events.SearchEvents(request)
+        assert len(page.events) <= (request.page_size or 100)
+        found += page.events
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token
+
+
+def require_explained(
+    found: event_pb2.StoredEvent, stored: oracle.Event, metrics: Sequence[oracle.Metric], unfinished: Iterable[str] = ()
+) -> None:
+    """Require that an event is told as it was sent, and of every metric what becomes of it.
+
+    An event that an unfinished metric has not counted yet may be told to be pending.
+    """
+    assert (found.event.event_type, found.event.timestamp.ToDatetime(tzinfo=UTC)) == stored[2:4]
+    assert found.event.customer_id == stored.customer_key
+    told = json_format.MessageToDict(found.event.properties)
+    assert oracle.json_text(told) == oracle.json_text(stored.properties)
+    assert [one.billable_metric_id for one in found.metrics] == [one.id for one in metrics]
+    for one, metric in zip(found.metrics, metrics, strict=True):
+        outcome = event_pb2.MetricOutcome.Name(one.outcome).removeprefix("METRIC_OUTCOME_")
+        expected = oracle.outcome(metric, stored)
+        pending = expected[0] in {"COUNTED", "SKIPPED"} and metric.id in unfinished and outcome == "PENDING"
+        assert pending or (outcome, one.rule) == expected, (metric, stored)
+        assert bool(one.message) == bool(one.rule)
+        assert one.billable_metric_name == one.billable_metric_id
+
+
+def _bounded(fields: Mapping[str, Any], windows: Sequence[oracle.Span]) -> dict[str, Any]:
+    bounds = {"starting_on": timestamp(windows[0][0]), "ending_before": timestamp(windows[-1][1])}
+    return {name: value for name, value in fields.items() if name != "pages"} | bounds
+
+
+def grouped_row(row: usage_pb2.GroupedUsageWindow) -> oracle.GroupedRow:
+    """Return a row as the oracle gives it."""
+    return oracle.GroupedRow(
+        start=row.starting_on.ToDatetime(tzinfo=UTC),
+        end=row.ending_before.ToDatetime(tzinfo=UTC),
+        group=dict(row.group),
+        value=row.value if row.HasField("value") else None,
+        skipped=row.skipped_count,
+        incomplete=row.incomplete,
+        used=row.HasField("update_time"),
+    )
 
 
 async def read(
@@ -928,13 +1271,14 @@ async def test_usage_is_what_the_events_say(servers: Servers, plan: Plan) -> Non
 
 
 @pytest.fixture
-def _only_by_hand(pytestconfig: pytest.Config) -> None:
+def only_by_hand(pytestconfig: pytest.Config) -> None:
+    """Leave a test out unless it is asked for."""
     if "long" not in pytestconfig.getoption("markexpr"):
         pytest.skip("takes minutes: run it with -m long")
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("_only_by_hand")
+@pytest.mark.usefixtures("only_by_hand")
 @given(plan=plans())
 @settings(max_examples=EXAMPLES * LONG_FACTOR)
 async def test_usage_is_what_the_events_say_at_length(servers: Servers, plan: Plan) -> None:
@@ -1226,7 +1570,7 @@ async def test_backfill_beside_ingest(database_url: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("_only_by_hand")
+@pytest.mark.usefixtures("only_by_hand")
 async def test_backfill_beside_ingest_at_length(servers: Servers) -> None:
     """The same with two processes and chunks of the real size."""
     await _backfill_beside_ingest(await servers.tenant(), 5, history=60_000, call=400)

@@ -667,6 +667,7 @@ SETTINGS: list[tuple[str, str, str, Any]] = [
     ("migrate", "1", "", True),
     ("allow-unsafe-database", "true", "", True),
     ("drain", "2.5", "7", timedelta(seconds=2.5)),
+    ("stream-stall", "2.5", "7", timedelta(seconds=2.5)),
     ("max-event-age", "48", "1", timedelta(hours=48)),
     ("max-event-lead", "0.5", "1", timedelta(minutes=30)),
 ]

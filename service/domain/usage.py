@@ -55,7 +55,7 @@ class UsageQuery:
 
     @property
     def sparse(self) -> bool:
-        """Whether windows without usage are left out."""
+        """Whether windows may be left out: those without usage, or without a change."""
         return self.omit_empty or self.updated_since is not None
 
     def after(self, window: "UsageWindow") -> "Position | None":
@@ -102,7 +102,7 @@ class GroupedQuery:
 
     @property
     def sparse(self) -> bool:
-        """Whether rows without usage are left out."""
+        """Whether rows may be left out: those without usage, or without a change."""
         return self.omit_empty or self.updated_since is not None
 
     @property
@@ -267,22 +267,23 @@ def current_windows(query: GroupedQuery, customer: Customer, now: datetime) -> W
 
 
 def check_row_count(query: GroupedQuery, windows: Windows) -> None:
-    """Refuse a grouped query that must give more than 10 million rows unless it omits empty ones."""
+    """Refuse a grouped query that must give more than 10 million rows unless it leaves some out."""
     number = len(windows) * query.combinations
     if number > WINDOWS_MAX and not query.sparse:
         message = (
             f"{len(windows):,} windows of {query.combinations:,} combinations of values are {number:,} rows; at most "
-            f"{WINDOWS_MAX:,} are allowed: narrow the range or the filters, or set omit_empty_windows"
+            f"{WINDOWS_MAX:,} are allowed: narrow the range or the filters, or set omit_empty_windows or updated_since"
         )
         raise invalid("window_size", Reason.WINDOW_COUNT, message)
 
 
 def check_window_count(query: UsageQuery, customers: int, metrics: int) -> None:
-    """Refuse a query that could give more than 10 million windows unless it omits empty ones."""
+    """Refuse a query that could give more than 10 million windows unless it leaves some out."""
     number = len(query.windows) * customers * metrics
     if number > WINDOWS_MAX and not query.sparse:
         message = (
             f"{len(query.windows):,} windows for {customers:,} customers and {metrics:,} metrics are {number:,}; "
-            f"at most {WINDOWS_MAX:,} are allowed: narrow the range or the ids, or set omit_empty_windows"
+            f"at most {WINDOWS_MAX:,} are allowed: narrow the range or the ids, or set omit_empty_windows or "
+            "updated_since"
         )
         raise invalid("window_size", Reason.WINDOW_COUNT, message)

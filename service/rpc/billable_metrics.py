@@ -8,7 +8,7 @@ from metering.v1 import billable_metric_pb2_grpc
 from service.database import Database
 from service.domain import pages
 from service.rpc.interceptor import Context, organization
-from service.rpc.pages import PageTokens, fitting
+from service.rpc.pages import PageTokens, fitting, scope
 from service.rpc.wire import billable_metrics as wire
 from service.rpc.wire import one_id
 from service.store import metrics as store
@@ -48,7 +48,8 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
     ) -> pb.ListBillableMetricsResponse:
         """See billable_metric.proto."""
         limit, org = pages.page_size(request.page_size), organization()
-        state = await self._tokens.decode("ListBillableMetrics", request)
+        query_scope = scope("ListBillableMetrics", request)
+        state = await self._tokens.decode(query_scope, request.page_token)
         rows = await self._database.read(
             lambda c: store.list_metrics(
                 c,
@@ -63,7 +64,7 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
         response = pb.ListBillableMetricsResponse(billable_metrics=page)
         if len(rows) > len(page):
             state = {"after": page[-1].id}
-            response.next_page_token = await self._tokens.encode("ListBillableMetrics", request, state)
+            response.next_page_token = await self._tokens.encode(query_scope, state)
         return response
 
     async def UpdateBillableMetric(

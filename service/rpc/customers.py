@@ -7,7 +7,7 @@ from metering.v1 import customer_pb2_grpc
 from service.database import Database
 from service.domain import pages
 from service.rpc.interceptor import Context, organization
-from service.rpc.pages import PageTokens, fitting
+from service.rpc.pages import PageTokens, fitting, scope
 from service.rpc.wire import customers as wire
 from service.rpc.wire import one_id
 from service.store import customers as store
@@ -38,7 +38,8 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
         """See customer.proto."""
         limit, org = pages.page_size(request.page_size), organization()
         key = wire.customer_key_filter(request.customer_key)
-        state = await self._tokens.decode("ListCustomers", request)
+        query_scope = scope("ListCustomers", request)
+        state = await self._tokens.decode(query_scope, request.page_token)
         rows = await self._database.read(
             lambda c: store.list_customers(
                 c,
@@ -54,7 +55,7 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
         response = pb.ListCustomersResponse(customers=page)
         if len(rows) > len(page):
             state = {"after": page[-1].id}
-            response.next_page_token = await self._tokens.encode("ListCustomers", request, state)
+            response.next_page_token = await self._tokens.encode(query_scope, state)
         return response
 
     async def SetIngestAliases(

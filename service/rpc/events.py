@@ -15,7 +15,7 @@ from service.domain.events import EVENTS_MAX
 from service.errors import Reason, invalid
 from service.ingest import Batch, Ingest
 from service.rpc.interceptor import Context, RequestBytes, organization
-from service.rpc.pages import PageTokens, fitting
+from service.rpc.pages import PageTokens, fitting, scope
 from service.rpc.streams import Streams, draining
 from service.rpc.wire import events as wire
 from service.rpc.wire import in_slices
@@ -26,19 +26,21 @@ from service.store.compiled import ByCatalog
 # What a stream may have sent without an answer; then the server stops reading it.
 UNANSWERED_BATCHES_MAX = 8
 UNANSWERED_BYTES_MAX = 8 * 1024 * 1024
+# What gRPC lets in; see the server's options.
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 
 
 class EventService(event_pb2_grpc.EventServiceServicer):
     """Takes events; see event.proto."""
 
     def __init__(
-        self, database: Database, tokens: PageTokens, ingest: Ingest, streams: Streams, request_bytes: RequestBytes
+        self, database: Database, tokens: PageTokens, ingest: Ingest, streams: Streams, stream_bytes: RequestBytes
     ) -> None:
         self._database = database
         self._tokens = tokens
         self._ingest = ingest
         self._streams = streams
-        self._request_bytes = request_bytes
+        self._stream_bytes = stream_bytes
         self._explainers: ByCatalog[event_search.Explainer] = ByCatalog()
 
     async def IngestEvents(self, request: pb.IngestEventsRequest, context: Context) -> pb.IngestEventsResponse:
@@ -50,7 +52,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         self, requests: AsyncIterator[pb.StreamEventsRequest], context: Context
     ) -> AsyncIterator[pb.StreamEventsResponse]:
         """See event.proto."""
-        org, inbox = organization(), _Inbox(self._request_bytes)
+        org, inbox = organization(), _Inbox(self._stream_bytes)
         reading = asyncio.create_task(inbox.fill(requests))
         drain = asyncio.create_task(self._streams.draining.wait())
         drain.add_done_callback(lambda _: reading.cancel())
@@ -73,7 +75,8 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         """See event.proto."""
         query, org = wire.event_query(request), organization()
         limit = pages.page_size(request.page_size)
-        state = await self._tokens.decode("SearchEvents", request)
+        query_scope = scope("SearchEvents", request)
+        state = await self._tokens.decode(query_scope, request.page_token)
         after = (datetime.fromisoformat(state["timestamp"]), state["transaction_id"]) if state else None
         found = await self._database.read(
             lambda c: event_search.search_events(c, org, query, after, limit, self._explainers),
@@ -87,7 +90,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         response = pb.SearchEventsResponse(events=events)
         if following is not None:
             state = {"timestamp": following[0].isoformat(), "transaction_id": following[1]}
-            response.next_page_token = await self._tokens.encode("SearchEvents", request, state)
+            response.next_page_token = await self._tokens.encode(query_scope, state)
         return response
 
     async def ListUnmatchedCustomerKeys(
@@ -95,7 +98,8 @@ class EventService(event_pb2_grpc.EventServiceServicer):
     ) -> pb.ListUnmatchedCustomerKeysResponse:
         """See event.proto."""
         limit = pages.page_size(request.page_size)
-        state = await self._tokens.decode("ListUnmatchedCustomerKeys", request)
+        query_scope = scope("ListUnmatchedCustomerKeys", request)
+        state = await self._tokens.decode(query_scope, request.page_token)
         after, org = state["after"] if state else "", organization()
         rows, following = await self._database.read(
             lambda c: store.list_unmatched_keys(c, org, after=after, limit=limit), timeout_s=context.time_remaining()
@@ -105,7 +109,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         )
         if following is not None:
             state = {"after": following}
-            response.next_page_token = await self._tokens.encode("ListUnmatchedCustomerKeys", request, state)
+            response.next_page_token = await self._tokens.encode(query_scope, state)
         return response
 
 
@@ -118,8 +122,8 @@ class _Received(NamedTuple):
 class _Inbox:
     """The batches of one stream between its reading and its answers."""
 
-    def __init__(self, request_bytes: RequestBytes) -> None:
-        self._request_bytes = request_bytes
+    def __init__(self, stream_bytes: RequestBytes) -> None:
+        self._stream_bytes = stream_bytes
         self._waiting: deque[_Received] = deque()
         self._unanswered = 0
         self._size = 0
@@ -133,7 +137,6 @@ class _Inbox:
             for sequence in itertools.count(1):
                 async with self._changed:
                     await self._changed.wait_for(self._has_room)
-                await self._request_bytes.room()
                 message = await anext(requests, None)
                 if message is None:
                     return
@@ -141,7 +144,7 @@ class _Inbox:
                     text = f"is {message.sequence} and must be {sequence}: 1 for a stream's first batch, then one more"
                     raise invalid("sequence", Reason.FIELD_INVALID, text)
                 size = message.ByteSize()
-                self._request_bytes.take(size, waited=True)
+                await self._stream_bytes.take(size)
                 self._size += size
                 self._unanswered += 1
                 received = _Received(sequence, size, await wire.batch(message.events))
@@ -175,7 +178,7 @@ class _Inbox:
 
     async def answered(self, one: _Received) -> None:
         """Make room for another batch."""
-        self._request_bytes.give_back(one.size)
+        self._stream_bytes.give_back(one.size)
         self._size -= one.size
         self._unanswered -= 1
         async with self._changed:
@@ -183,7 +186,8 @@ class _Inbox:
 
     def close(self) -> None:
         """Give back what was never answered."""
-        self._request_bytes.give_back(self._size)
+        self._stream_bytes.give_back(self._size)
 
     def _has_room(self) -> bool:
-        return self._unanswered < UNANSWERED_BATCHES_MAX and self._size < UNANSWERED_BYTES_MAX
+        # For a batch of any size.
+        return self._unanswered < UNANSWERED_BATCHES_MAX and self._size + MESSAGE_BYTES_MAX <= UNANSWERED_BYTES_MAX

@@ -41,39 +41,35 @@ def organization() -> str:
 
 
 class RequestBytes:
-    """How many bytes of requests the server holds, over all calls, and what happens when they are too many."""
+    """How many bytes of requests the server holds, over all calls of a kind, and what happens when it is too much."""
 
     def __init__(self, most: int) -> None:
         """Let requests hold about `most` bytes."""
         self._most = most
         self._held = 0
+        self._turn = asyncio.Lock()
         self._given_back = asyncio.Event()
 
     @contextlib.contextmanager
     def hold(self, size: int) -> Iterator[None]:
         """Hold a request while the block runs; raises ResourceExhausted if there is no room for it."""
-        self.take(size)
+        if self._held and self._held + size > self._most:
+            raise ResourceExhausted(
+                Reason.OVERLOADED, "The server has too much in flight; nothing was done.", retry_after_s=1
+            )
+        self._held += size
         try:
             yield
         finally:
             self.give_back(size)
 
-    async def room(self) -> None:
-        """Wait until there is room: for streams, which can leave the next request with its sender."""
-        while self._held >= self._most:
-            self._given_back.clear()
-            await self._given_back.wait()
-
-    def take(self, size: int, *, waited: bool = False) -> None:
-        """Hold a request until it is given back; raises ResourceExhausted if there is no room for it.
-
-        Those that waited for room may have seen the same: twice as much is let in for them.
-        """
-        if self._held and self._held + size > (2 * self._most if waited else self._most):
-            raise ResourceExhausted(
-                Reason.OVERLOADED, "The server has too much in flight; nothing was done.", retry_after_s=1
-            )
-        self._held += size
+    async def take(self, size: int) -> None:
+        """Hold a request until it is given back, as soon as there is room and those who came before have theirs."""
+        async with self._turn:
+            while self._held and self._held + size > self._most:
+                self._given_back.clear()
+                await self._given_back.wait()
+            self._held += size
 
     def give_back(self, size: int) -> None:
         """Forget a request that was taken."""
@@ -84,11 +80,12 @@ class RequestBytes:
 class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of every service; there is no way to a servicer around it."""
 
-    def __init__(self, auth: Auth, request_bytes: RequestBytes, streams: Streams) -> None:
-        """Refuse calls that `request_bytes` has no room for."""
+    def __init__(self, auth: Auth, unary_bytes: RequestBytes, streams: Streams, stream_bytes: RequestBytes) -> None:
+        """Refuse calls that there is no room for. Streams have room of their own: they hold it for long."""
         self._auth = auth
-        self._request_bytes = request_bytes
+        self._unary_bytes = unary_bytes
         self._streams = streams
+        self._stream_bytes = stream_bytes
 
     async def intercept_service(
         self,
@@ -117,7 +114,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _unary(self, method: str, serve: Any, decode: Any) -> Any:
         async def unary(raw: bytes, context: Context) -> Any:
             async with self._answered(method, context):
-                with self._request_bytes.hold(max(len(raw), _REQUEST_BYTES_MIN)):
+                with self._unary_bytes.hold(max(len(raw), _REQUEST_BYTES_MIN)):
                     return await serve(_decoded(decode, raw), context)
 
         return unary
@@ -125,7 +122,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _stream(self, method: str, serve: Any, decode: Any) -> Any:
         async def stream(raw: bytes, context: Context) -> None:
             async with self._answered(method, context):
-                with self._request_bytes.hold(len(raw)):
+                with self._streams.opened(), self._stream_bytes.hold(len(raw)):
                     await self._send_all(serve(_decoded(decode, raw), context), context)
 
         return stream
@@ -138,7 +135,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
                     yield _decoded(decode, raw)
 
             async with self._answered(method, context):
-                await self._send_all(serve(received(), context), context)
+                with self._streams.opened():
+                    await self._send_all(serve(received(), context), context)
 
         return both
 
@@ -155,9 +153,15 @@ class Interceptor(grpc.aio.ServerInterceptor):
             await _abort(context, _answer(error, context, method, request_id), request_id)
 
     async def _send_all(self, responses: AsyncIterator[Any], context: Context) -> None:
+        begun = False
         try:
             async for response in responses:
                 await self._check_organization(context)
+                if not begun:
+                    # Apart from the first message: should that one stall, gRPC would send them again with the status,
+                    # and fail.
+                    await context.send_initial_metadata(())
+                    begun = True
                 await self._streams.send(context, response)
         finally:
             if isinstance(responses, AsyncGenerator):

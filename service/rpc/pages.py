@@ -14,6 +14,8 @@ from service.store.organizations import PageTokenKey, current_page_token_keys
 
 M = TypeVar("M", bound=Message)
 
+# Moves when what is inside a token does: one of another version of the service is refused, not misread.
+_FORMAT = 1
 _REFRESH_S = 3600.0
 # A token with an unknown secret is a reason to look again, but not for every forged token that is sent.
 _RETRY_S = 1.0
@@ -28,21 +30,20 @@ class PageTokens:
         self._keys: list[PageTokenKey] = []
         self._loaded_at = float("-inf")
 
-    async def encode(self, method: str, request: Message, state: Mapping[str, Any]) -> str:
-        """Make the token by which `request` can be continued from `state` (JSON-ready)."""
+    async def encode(self, scope: str, state: Mapping[str, Any]) -> str:
+        """Make the token by which a query, told by its `scope`, can be continued from `state` (JSON-ready)."""
         key = (await self._current(_REFRESH_S))[0]
-        return pages.encode(key.id, key.secret, _scope(method, request), state)
+        return pages.encode(key.id, key.secret, scope, state)
 
-    async def decode(self, method: str, request: Message, field: str = "page_token") -> dict[str, Any] | None:
-        """Return the state in a request's token, None without one; raises InvalidArgument if it is of another query."""
-        token = getattr(request, field)
+    async def decode(self, scope: str, token: str, field: str = "page_token") -> dict[str, Any] | None:
+        """Return the state in a token, None if it is empty; raises InvalidArgument if it is of another query."""
         if not token:
             return None
         key_id = pages.key_id(field, token)
         for age in (_REFRESH_S, _RETRY_S):
             for key in await self._current(age):
                 if key.id == key_id:
-                    return pages.decode(field, token, key.secret, _scope(method, request))
+                    return pages.decode(field, token, key.secret, scope)
         raise pages.refused(field)
 
     async def _current(self, age_max: float) -> list[PageTokenKey]:
@@ -62,10 +63,10 @@ def fitting(messages: Sequence[M], limit: int) -> list[M]:
     return list(messages[:limit])
 
 
-def _scope(method: str, request: Message) -> str:
-    """Name what a token is bound to: everything in the request but the paging itself."""
+def scope(method: str, request: Message) -> str:
+    """Name what a token is bound to: the organization, and everything in the request but the paging itself."""
     query = type(request)()
     query.CopyFrom(request)
     for field in {"page_token", "page_size", "resume_token"} & set(query.DESCRIPTOR.fields_by_name):
         query.ClearField(field)
-    return f"{organization()} {method} {pages.fingerprint(query.SerializeToString(deterministic=True))}"
+    return f"{_FORMAT} {organization()} {method} {pages.fingerprint(query.SerializeToString(deterministic=True))}"

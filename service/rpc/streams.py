@@ -8,12 +8,14 @@ from typing import Any
 
 import grpc
 
-from service.errors import Aborted, Reason, Unavailable
+from service.errors import Aborted, Reason, ResourceExhausted, Unavailable
 
 MESSAGE_BYTES = 64 * 1024
 # What the open streams together should have read and not sent; each at least a message, and a page at most.
 READ_AHEAD_BYTES = 32 * 1024 * 1024
 READ_BYTES_MAX = 1024 * 1024
+# More would hold more than a gigabyte in messages that nobody takes.
+STREAMS_MAX = 16_384
 
 
 class ClientGone(Exception):
@@ -28,19 +30,32 @@ class Streams:
         self.draining = asyncio.Event()
         self._stall_s = stall.total_seconds()
         self._open = 0
+        self._reading = 0
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Count a stream as open while the block runs."""
+        """Count a stream as open while the block runs; raises ResourceExhausted if there are too many."""
+        if self._open >= STREAMS_MAX:
+            text = f"The server has {STREAMS_MAX:,} streams open, which is all it takes; nothing was done."
+            raise ResourceExhausted(Reason.OVERLOADED, text, retry_after_s=1)
         self._open += 1
         try:
             yield
         finally:
             self._open -= 1
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count a stream as one that reads ahead while the block runs."""
+        self._reading += 1
+        try:
+            yield
+        finally:
+            self._reading -= 1
+
     def read_bytes(self) -> int:
-        """Return how much one stream should read at once: the more are open, the less."""
-        return max(MESSAGE_BYTES, min(READ_BYTES_MAX, READ_AHEAD_BYTES // max(1, self._open)))
+        """Return how much one stream should read at once: the more there are that do, the less."""
+        return max(MESSAGE_BYTES, min(READ_BYTES_MAX, READ_AHEAD_BYTES // max(1, self._reading)))
 
     async def send(self, context: "grpc.aio.ServicerContext[Any, Any]", message: Any) -> None:
         """Send a message, waiting until the client has room for it.

@@ -1,8 +1,10 @@
 """The RPCs of UsageService."""
 
+import asyncio
 import functools
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,7 +27,7 @@ from service.domain.usage import (
 )
 from service.domain.windows import Windows
 from service.rpc.interceptor import Context, organization
-from service.rpc.pages import PageTokens
+from service.rpc.pages import PageTokens, scope
 from service.rpc.streams import MESSAGE_BYTES, Streams
 from service.rpc.wire import in_slices, timestamp
 from service.rpc.wire import usage as wire
@@ -61,7 +63,7 @@ class _Moment(NamedTuple):
     watermark: datetime
 
 
-class _Wanted(NamedTuple):
+class _Extent(NamedTuple):
     """Which part of a listing to read: where it begins, at most how many rows and about how many bytes; and how."""
 
     place: Place | None
@@ -72,9 +74,7 @@ class _Wanted(NamedTuple):
     ahead: bool = False
 
 
-Read = Callable[[_Wanted], Awaitable[_Part]]
-
-_NOTHING = _Part((), lambda _: None, None)
+Read = Callable[[_Extent], Awaitable[_Part]]
 
 
 class UsageService(usage_pb2_grpc.UsageServiceServicer):
@@ -85,6 +85,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         self._tokens = tokens
         self._streams = streams
         self._watermark: tuple[float, datetime] | None = None
+        self._watermark_turn = asyncio.Lock()
 
     async def ListUsage(self, request: pb.ListUsageRequest, context: Context) -> pb.ListUsageResponse:
         """See usage.proto."""
@@ -119,13 +120,14 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         response: Callable[..., M],
     ) -> M:
         limit = pages.page_size(request.page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        state = await self._tokens.decode(method, request)
+        query_scope = scope(method, request)
+        state = await self._tokens.decode(query_scope, request.page_token)
         moment = await self._moment(state)
         place = state["place"] if state else None
-        part = await read(_Wanted(place, limit, PAGE_BYTES_MAX, moment.read_time, context.time_remaining()))
+        part = await read(_Extent(place, limit, PAGE_BYTES_MAX, moment.read_time, context.time_remaining()))
         token = ""
         if part.following is not None:
-            token = await self._tokens.encode(method, request, _state(part.following, moment))
+            token = await self._tokens.encode(query_scope, _state(part.following, moment))
         return response(windows=part.messages, next_page_token=token, next_updated_since=timestamp(moment.watermark))
 
     async def _messages(
@@ -137,41 +139,59 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         response: Callable[..., M],
     ) -> AsyncIterator[M]:
         """Yield the messages of a stream. Between them it holds what it has read, and no connection."""
-        state = await self._tokens.decode(method, request, "resume_token")
+        query_scope = scope(method, request)
+        state = await self._tokens.decode(query_scope, request.resume_token, "resume_token")
         moment = await self._moment(state)
         place = state["place"] if state else None
-        ended = state is not None and place is None
-        with self._streams.opened():
+        unsent: deque[M] = deque()
+        if state and place is None:
+            unsent = await self._to_messages(_Part((), _nowhere, None), query_scope, moment, response)
+        with self._streams.reading():
             while True:
-                part = _NOTHING
-                if not ended:
+                if not unsent:
                     size, timeout_s = self._streams.read_bytes(), context.time_remaining()
                     limit = min(PAGE_SIZE_MAX, size // ROW_BYTES_MIN)
-                    part = await read(_Wanted(place, limit, size, moment.read_time, timeout_s, ahead=True))
-                start = 0
-                for stop in _message_ends(part.messages):
-                    place = part.after(stop - 1) if stop < len(part.messages) else part.following
-                    yield response(
-                        windows=part.messages[start:stop],
-                        resume_token=await self._tokens.encode(method, request, _state(place, moment)),
-                        complete=place is None,
-                        next_updated_since=timestamp(moment.watermark),
-                    )
-                    if place is None:
-                        return
-                    self._streams.check()
-                    start = stop
+                    extent = _Extent(place, limit, size, moment.read_time, timeout_s, ahead=True)
+                    part = await read(extent)
+                    place = part.following
+                    unsent = await self._to_messages(part, query_scope, moment, response)
+                    del part  # while the reader takes its time
+                last = place is None and len(unsent) == 1
+                yield unsent.popleft()
+                if last:
+                    return
+                self._streams.check()
+
+    async def _to_messages(
+        self, part: _Part, query_scope: str, moment: _Moment, response: Callable[..., M]
+    ) -> deque[M]:
+        """Cut a part into messages, each with the place after it; one message without rows if there are none.
+
+        Made at once: rows within a message take a fraction of the memory that they take one by one.
+        """
+        found: deque[M] = deque()
+        for rows, place in _cut(part):
+            found.append(
+                response(
+                    windows=rows,
+                    resume_token=await self._tokens.encode(query_scope, _state(place, moment)),
+                    complete=place is None,
+                    next_updated_since=timestamp(moment.watermark),
+                )
+            )
+        return found
 
     async def _moment(self, state: dict[str, Any] | None) -> _Moment:
         if state is not None:
             return _Moment(datetime.fromisoformat(state["read_time"]), datetime.fromisoformat(state["watermark"]))
-        now = time.monotonic()
-        if self._watermark is None or now - self._watermark[0] > _WATERMARK_S:
-            self._watermark = (now, await self._database.look_up(store.watermark))
+        async with self._watermark_turn:
+            now = time.monotonic()
+            if self._watermark is None or now - self._watermark[0] > _WATERMARK_S:
+                self._watermark = (now, await self._database.look_up(store.watermark))
         return _Moment(datetime.now(UTC), self._watermark[1])
 
 
-async def _windows(database: Database, org: str, query: UsageQuery, wanted: _Wanted) -> _Part:
+async def _windows(database: Database, org: str, query: UsageQuery, wanted: _Extent) -> _Part:
     place = wanted.place
     begin = Position(uuid.UUID(place["customer"]), uuid.UUID(place["metric"]), place["window"]) if place else None
     read = database.read_ahead if wanted.ahead else database.read
@@ -192,7 +212,7 @@ async def _windows(database: Database, org: str, query: UsageQuery, wanted: _Wan
     )
 
 
-async def _grouped_windows(database: Database, org: str, query: GroupedQuery, wanted: _Wanted) -> _Part:
+async def _grouped_windows(database: Database, org: str, query: GroupedQuery, wanted: _Extent) -> _Part:
     place = wanted.place
     begin = None
     if place:
@@ -227,13 +247,19 @@ def _state(place: Place | None, moment: _Moment) -> dict[str, Any]:
     }
 
 
-def _message_ends(rows: Sequence[Message]) -> Iterator[int]:
-    """Yield after how many rows each message ends; one message without rows if there are none."""
+def _nowhere(_: int) -> Place | None:
+    return None
+
+
+def _cut(part: _Part) -> Iterator[tuple[Sequence[Message], Place | None]]:
+    """Yield the rows of each message and the place after them."""
+    rows: list[Message] = []
     size = 0
-    for i, row in enumerate(rows):
+    for i, row in enumerate(part.messages):
         row_size = row.ByteSize() + 4
-        if size and size + row_size > MESSAGE_BYTES:
-            yield i
-            size = 0
+        if rows and size + row_size > MESSAGE_BYTES:
+            yield rows, part.after(i - 1)
+            rows, size = [], 0
+        rows.append(row)
         size += row_size
-    yield len(rows)
+    yield rows, part.following

@@ -1,6 +1,7 @@
 """Statements that are worked out once and sent many times, for as long as the metrics in them stay what they are."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
@@ -9,29 +10,36 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 Worked = TypeVar("Worked")
 
-# Of how many organizations the results are kept: one with many metrics takes some megabytes.
-ORGANIZATIONS_MAX = 256
+# How many metrics the results kept may be made of; each takes some tens of kilobytes.
+METRICS_KEPT_MAX = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept(Generic[Worked]):
+    version: int
+    metrics: int
+    worked: Worked
 
 
 class ByCatalog(Generic[Worked]):
     """What was worked out of organizations' metrics, each for one version of the catalog; the least used is dropped."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[int, Worked]] = {}
+        self._kept: dict[str, _Kept[Worked]] = {}
 
     def find(self, organization: str, version: int) -> Worked | None:
         """Return what was kept for this very version."""
         kept = self._kept.pop(organization, None)
-        if kept is None or kept[0] != version:
+        if kept is None or kept.version != version:
             return None
         self._kept[organization] = kept
-        return kept[1]
+        return kept.worked
 
-    def keep(self, organization: str, version: int, worked: Worked) -> Worked:
-        """Keep and return what was worked out for a version."""
+    def keep(self, organization: str, version: int, metrics: int, worked: Worked) -> Worked:
+        """Keep and return what was worked out of a number of metrics."""
         self._kept.pop(organization, None)
-        self._kept[organization] = (version, worked)
-        if len(self._kept) > ORGANIZATIONS_MAX:
+        self._kept[organization] = _Kept(version, metrics, worked)
+        while len(self._kept) > 1 and sum(one.metrics + 1 for one in self._kept.values()) > METRICS_KEPT_MAX:
             del self._kept[next(iter(self._kept))]
         return worked
 

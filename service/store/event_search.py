@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from service.store import metrics as metric_store
 from service.store.cells import ORGANIZATION
 from service.store.compiled import ByCatalog, Compiled
 from service.store.organizations import catalog_version
-from service.store.tables import INSTANT, customer_keys, usage_events
+from service.store.tables import INSTANT, customer_keys, texts, usage_events
 
 # How many events one statement looks at for those of a type, and how long one call may go on with that.
 SCAN = 5_000
@@ -51,27 +51,29 @@ class Explainer:
         self, connection: AsyncConnection, organization: str, ids: Sequence[str]
     ) -> dict[str, list[Explanation]]:
         """Return what each metric makes of each event, by transaction id."""
-        if not self.metrics:
+        if not self.metrics or not ids:
             return {}
+        # Read each time: a name may change while the rules, and so this statement, do not.
+        names = await metric_store.metric_names(connection, organization)
         rows: Any = await self._statement.execute(connection, organization=organization, transaction_ids=list(ids))
-        return {row[0]: [self._explanation(i, outcome) for i, outcome in enumerate(row[1])] for row in rows}
+        return {row[0]: [self._explanation(i, outcome, names) for i, outcome in enumerate(row[1])] for row in rows}
 
-    def _explanation(self, i: int, outcome: int) -> Explanation:
+    def _explanation(self, i: int, outcome: int, names: Mapping[uuid.UUID, str]) -> Explanation:
         metric = self.metrics[i]
         key = metric.aggregation_key
         match outcome:
             case metric_sql.COUNTED:
-                return Explanation(metric.id, metric.name, MetricOutcome.COUNTED)
+                found = (MetricOutcome.COUNTED, "", "")
             case metric_sql.PENDING:
-                return Explanation(metric.id, metric.name, MetricOutcome.PENDING)
+                found = (MetricOutcome.PENDING, "", "")
             case metric_sql.MISSING:
-                message = f'property "{key}" is missing'
-                return Explanation(metric.id, metric.name, MetricOutcome.SKIPPED, "aggregation_key", message)
+                found = (MetricOutcome.SKIPPED, "aggregation_key", f'property "{key}" is missing')
             case metric_sql.NOT_DECIMAL:
                 message = f'property "{key}" is no plain decimal of at most 38 digits, 18 of them after the point'
-                return Explanation(metric.id, metric.name, MetricOutcome.SKIPPED, "aggregation_key", message)
+                found = (MetricOutcome.SKIPPED, "aggregation_key", message)
             case _:
-                return Explanation(metric.id, metric.name, MetricOutcome.NOT_MATCHED, *self._failures[i][outcome])
+                found = (MetricOutcome.NOT_MATCHED, *self._failures[i][outcome])
+        return Explanation(metric.id, names[metric.id], *found)
 
 
 class Found(NamedTuple):
@@ -95,11 +97,14 @@ async def search_events(
     if explainer is None:
         metrics = await metric_store.all_metrics(connection, organization)
         # In a thread: an organization with many metrics must not keep the others' calls from the loop.
-        explainer = explainers.keep(organization, version, await asyncio.to_thread(Explainer, metrics))
+        compiled = await asyncio.to_thread(Explainer, metrics)
+        explainer = explainers.keep(organization, version, len(metrics), compiled)
     limit = max(1, min(limit, EXPLANATIONS_MAX // max(1, len(explainer.metrics))))
     keys = await _customer_keys(connection, organization, query.customer) if query.customer else None
     wanted: list[Key] = []
-    scan = SCAN if query.event_type and not query.transaction_ids else limit + 1
+    scan = limit + 1
+    if query.event_type:
+        scan = max(scan, SCAN // len(keys or "1"))  # so many of each key
     clock = asyncio.get_running_loop().time
     late = clock() + SEARCH_S
     following = after
@@ -158,12 +163,12 @@ def _candidates(
     order = (columns.timestamp.desc(), columns.transaction_id.desc())
     found = sa.select(columns.timestamp, columns.transaction_id, fits.label("fits"))
     if query.transaction_ids:
-        named = columns.transaction_id == sa.any_(_texts(query.transaction_ids))
+        named = columns.transaction_id == sa.any_(texts(query.transaction_ids))
         return found.where(*where, named).order_by(*order).limit(limit)
     if keys is None:
         return found.where(*where).order_by(*order).limit(limit)
     # Key by key, each by the index; then the first of them all.
-    key = sa.func.unnest(_texts(keys)).table_valued("key").render_derived("keys")
+    key = sa.func.unnest(texts(keys)).table_valued("key").render_derived("keys")
     of_key = found.where(*where, columns.customer_key == key.c.key).order_by(*order).limit(limit)
     rows = of_key.correlate_except(usage_events).lateral()
     return (
@@ -190,9 +195,5 @@ def _details(organization: str, ids: Sequence[str]) -> sa.Select[Any]:
             customer_keys.c.customer_id,
         )
         .select_from(usage_events.outerjoin(customer_keys, owner))
-        .where(columns.organization_id == organization, columns.transaction_id == sa.any_(_texts(ids)))
+        .where(columns.organization_id == organization, columns.transaction_id == sa.any_(texts(ids)))
     )
-
-
-def _texts(values: Sequence[str]) -> sa.BindParameter[Any]:
-    return sa.literal(list(values), ARRAY(sa.Text))

@@ -12,7 +12,7 @@ from service.domain.events import Event
 from service.domain.metrics import BillableMetric
 from service.store import cells
 from service.store.compiled import Compiled
-from service.store.tables import INSTANT, customer_keys, incoming_events, usage_events
+from service.store.tables import INSTANT, customer_keys, incoming_events, texts, usage_events
 
 INCOMING = tuple(column.name for column in incoming_events.c)
 
@@ -89,7 +89,7 @@ async def stored_digests(
     """
     columns = usage_events.c
     query = sa.select(columns.transaction_id, columns.digest).where(
-        columns.organization_id == organization, columns.transaction_id == sa.any_(_texts(transaction_ids))
+        columns.organization_id == organization, columns.transaction_id == sa.any_(texts(transaction_ids))
     )
     return {row.transaction_id: row.digest for row in await connection.execute(query)}
 
@@ -104,11 +104,11 @@ async def differing_fields(
     sent = (
         sa.func.unnest(
             sa.literal(list(events), ARRAY(sa.Integer)),
-            _texts([event.transaction_id for event in events.values()]),
-            _texts([event.customer_key for event in events.values()]),
-            _texts([event.event_type for event in events.values()]),
+            texts([event.transaction_id for event in events.values()]),
+            texts([event.customer_key for event in events.values()]),
+            texts([event.event_type for event in events.values()]),
             sa.literal([event.timestamp for event in events.values()], ARRAY(INSTANT)),
-            _texts([event.properties for event in events.values()]),
+            texts([event.properties for event in events.values()]),
         )
         .table_valued("position", "transaction_id", "customer_key", "event_type", "timestamp", "properties")
         .render_derived("sent")
@@ -182,7 +182,7 @@ def _next_keys(organization: str, after: str) -> sa.Select[Any]:
 def _unmatched(organization: str, keys: Sequence[str]) -> sa.Select[Any]:
     """Select the totals of those of the keys that no customer owns and that have events, in order."""
     columns = usage_events.c
-    key = sa.func.unnest(_texts(keys)).table_valued("key").render_derived("walked")
+    key = sa.func.unnest(texts(keys)).table_valued("key").render_derived("walked")
     totals = (
         sa.select(
             sa.func.count().label("events"),
@@ -203,7 +203,3 @@ def _unmatched(organization: str, keys: Sequence[str]) -> sa.Select[Any]:
         .where(sa.not_(owned), totals.c.events > 0)
         .order_by(key.c.key.collate("C"))
     )
-
-
-def _texts(values: Sequence[str]) -> sa.BindParameter[Any]:
-    return sa.literal(list(values), ARRAY(sa.Text))

@@ -29,7 +29,7 @@ from service.store import customers as customer_store
 from service.store import metrics as metric_store
 from service.store import usage_sql
 from service.store.cells import ORGANIZATION
-from service.store.tables import usage_cells
+from service.store.tables import texts, usage_cells
 from service.store.usage import PAGE_S, SLICE_MAX, require_backfilled
 from service.store.usage_sql import Bounds, Pair
 
@@ -124,7 +124,7 @@ class _Reader:
     async def rows(self, position: GroupedPosition, count: int, limit: int, bytes_max: int) -> _Found:
         """Return the next rows of `count` windows, and where to go on."""
         bounds = self.windows.slice(position.window, count)
-        wanted = _Wanted(self.metric, self.pair, bounds, self.query, position.group)
+        wanted = _Selection(self.metric, self.pair, bounds, self.query, position.group)
         # One more than is wanted tells whether these windows hold more.
         statement = _rows(wanted, limit + 1, bytes_max)
         found = await self._execute(statement)
@@ -165,7 +165,7 @@ class _Reader:
         return rows
 
 
-class _Wanted(NamedTuple):
+class _Selection(NamedTuple):
     """What the statements share: the metric and pair, the windows, and what of their groups is wanted.
 
     `after` narrows to the groups of the first window that come after one, and to all of the other windows.
@@ -184,7 +184,7 @@ class _Wanted(NamedTuple):
         for i, name in enumerate(self.query.group_key):
             place = self.metric.group_properties.index(name) + 1
             values[name] = source.c.group_values[place].collate("C").label(f"value_{i}")
-        passes = [values[name] == sa.any_(usage_sql.texts(named)) for name, named in self.query.filters.items()]
+        passes = [values[name] == sa.any_(texts(named)) for name, named in self.query.filters.items()]
         return sa.select(source, *values.values()).where(*passes).subquery("keyed")
 
     def key(self, rows: sa.FromClause) -> list[sa.ColumnElement[Any]]:
@@ -197,7 +197,7 @@ class _Wanted(NamedTuple):
         return sa.tuple_(*_order(columns)) > sa.tuple_(*given)
 
 
-def _rows(wanted: _Wanted, limit: int, bytes_max: int) -> sa.Select[Any]:
+def _rows(wanted: _Selection, limit: int, bytes_max: int) -> sa.Select[Any]:
     """Select the next rows of a grouped listing, in order: window, the values of the key, and the fields of Measures.
 
     At most `limit`, and about `bytes_max` bytes. Unless such rows are to be left out, every window has a row for each
@@ -233,7 +233,7 @@ def _rows(wanted: _Wanted, limit: int, bytes_max: int) -> sa.Select[Any]:
     )
 
 
-def _distinct_numbers(wanted: _Wanted, last: tuple[int, Group]) -> sa.Select[Any]:
+def _distinct_numbers(wanted: _Selection, last: tuple[int, Group]) -> sa.Select[Any]:
     """Select the number of different values per group of a UNIQUE metric, up to a row: window, values, number."""
     values = wanted.keyed(usage_sql.select_distinct_pieces([wanted.metric], [wanted.pair], wanted.bounds))
     key = wanted.key(values)
@@ -260,7 +260,7 @@ def _cell_after(pair: Pair, instant: datetime, end: datetime, number: int) -> sa
     return sa.select(start).select_from(key.join(start.table, sa.true())).order_by(start).offset(number).limit(1)
 
 
-def _unmatched_combinations(wanted: _Wanted, groups: sa.CTE) -> sa.Select[Any]:
+def _unmatched_combinations(wanted: _Selection, groups: sa.CTE) -> sa.Select[Any]:
     """Select, as `_rows` does, the combinations of the filters' values that no group of a window matches."""
     numbers = list(range(len(wanted.bounds)))
     source: Any = (
@@ -273,7 +273,7 @@ def _unmatched_combinations(wanted: _Wanted, groups: sa.CTE) -> sa.Select[Any]:
         if name not in wanted.query.filters:
             columns.append(sa.null().cast(sa.Text).collate("C").label(f"value_{i}"))
             continue
-        named = sa.func.unnest(usage_sql.texts(wanted.query.filters[name])).table_valued(sa.column("value", sa.Text))
+        named = sa.func.unnest(texts(wanted.query.filters[name])).table_valued(sa.column("value", sa.Text))
         named = named.render_derived(f"named_{i}")
         source = source.join(named, sa.true())
         columns.append(named.c.value.collate("C").label(f"value_{i}"))

@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, Insert, aggregate_order
 
 from service.domain.metrics import Aggregation, BillableMetric
 from service.domain.windows import CELL
-from service.store.tables import INSTANT, NUMERIC, usage_cells
+from service.store.tables import INSTANT, NUMERIC, texts, usage_cells
 
 # The columns that `cells` yields and in which usage_cells stores them.
 MEASURES = ("counted", "skipped", "sum", "min", "max", "latest_at", "latest_transaction_id", "latest_value")
@@ -59,10 +59,10 @@ def rules(metric: BillableMetric, events: sa.FromClause) -> list[Rule]:
     columns: Columns = events.c
     found: list[Rule] = []
     if metric.event_types:
-        allowed = columns.event_type == sa.any_(_texts(metric.event_types))
+        allowed = columns.event_type == sa.any_(texts(metric.event_types))
         found.append(Rule("event_type_filter.in_values", "event_type is none of the values allowed", allowed))
     if metric.excluded_event_types:
-        allowed = columns.event_type != sa.all_(_texts(metric.excluded_event_types))
+        allowed = columns.event_type != sa.all_(texts(metric.excluded_event_types))
         found.append(Rule("event_type_filter.not_in_values", "event_type is one of the values excluded", allowed))
     for i, one in enumerate(metric.property_filters):
         path, value = f"property_filters[{i}]", _property(columns, one.name)
@@ -71,10 +71,10 @@ def rules(metric: BillableMetric, events: sa.FromClause) -> list[Rule]:
             found.append(Rule(f"{path}.exists", failure, value.is_not(None) if one.exists else value.is_(None)))
         if one.in_values:
             failure = f'property "{one.name}" is missing or none of the values allowed'
-            found.append(Rule(f"{path}.in_values", failure, value == sa.any_(_texts(one.in_values))))
+            found.append(Rule(f"{path}.in_values", failure, value == sa.any_(texts(one.in_values))))
         if one.not_in_values:
             # NULL (absent) passes: there is no value that is excluded.
-            passes = sa.func.coalesce(value != sa.all_(_texts(one.not_in_values)), sa.true())
+            passes = sa.func.coalesce(value != sa.all_(texts(one.not_in_values)), sa.true())
             failure = f'property "{one.name}" is one of the values excluded'
             found.append(Rule(f"{path}.not_in_values", failure, passes))
     if metric.archived_at is not None:
@@ -98,14 +98,14 @@ def outcome(metric: BillableMetric, events: sa.FromClause) -> sa.ColumnElement[i
     whens: list[tuple[sa.ColumnElement[bool], Any]] = [
         (rule.condition.is_not(sa.true()), sa.literal_column(str(i))) for i, rule in enumerate(rules(metric, events))
     ]
+    if metric.backfilled_until is not None:
+        pending = columns.timestamp >= sa.literal(metric.backfilled_until, INSTANT)
+        whens.append((pending, sa.literal_column(str(PENDING))))
     if metric.aggregation_key is not None:
         value = _property(columns, metric.aggregation_key)
         whens.append((value.is_(None), sa.literal_column(str(MISSING))))
         if metric.aggregation is not Aggregation.UNIQUE:
             whens.append((sa.not_(_is_decimal(value)), sa.literal_column(str(NOT_DECIMAL))))
-    if metric.backfilled_until is not None:
-        pending = columns.timestamp >= sa.literal(metric.backfilled_until, INSTANT)
-        whens.append((pending, sa.literal_column(str(PENDING))))
     if not whens:
         return sa.literal_column(str(COUNTED), sa.Integer)
     return sa.case(*whens, else_=sa.literal_column(str(COUNTED)))
@@ -286,7 +286,3 @@ def _group_digest(metric: BillableMetric, group_values: sa.ColumnElement[Any]) -
         return sa.literal_column("''::bytea", BYTEA)
     # The text form of an array quotes its values, so it tells NULL from 'NULL' and ('a','b,c') from ('a,b','c').
     return digest(group_values.cast(sa.Text))
-
-
-def _texts(values: tuple[str, ...]) -> sa.BindParameter[Any]:
-    return sa.literal(list(values), ARRAY(sa.Text))

@@ -96,10 +96,26 @@ async def list_metrics(
     return await _metrics(connection, organization, *where, limit=limit)
 
 
-async def countable_metrics(connection: AsyncConnection, organization: str) -> list[BillableMetric]:
-    """Return the metrics that "all metrics" means: neither archived nor still counting their past."""
+async def countable_metrics(
+    connection: AsyncConnection, organization: str, since: datetime | None
+) -> list[BillableMetric]:
+    """Return the metrics that "all metrics" means: neither archived nor still counting their past.
+
+    With `since` also those archived from then on: who read them before must learn of their last changes.
+    """
     columns = billable_metrics.c
-    return await _metrics(connection, organization, columns.archived_at.is_(None), columns.backfilled_until.is_(None))
+    wanted: sa.ColumnElement[bool] = columns.archived_at.is_(None)
+    if since is not None:
+        wanted = sa.or_(wanted, columns.archived_at >= since)
+    return await _metrics(connection, organization, wanted, columns.backfilled_until.is_(None))
+
+
+async def metric_names(connection: AsyncConnection, organization: str) -> dict[uuid.UUID, str]:
+    """Return the name of every metric, archived ones included, by id."""
+    query = sa.select(billable_metrics.c.id, billable_metrics.c.name).where(
+        billable_metrics.c.organization_id == organization
+    )
+    return {row.id: row.name for row in await connection.execute(query)}
 
 
 async def all_metrics(connection: AsyncConnection, organization: str) -> list[BillableMetric]:

@@ -5,6 +5,10 @@ For the same reason the hot tables (events, cells, distinct values) have no fore
 Text that is compared or ordered is COLLATE "C": byte order, the same on every host.
 """
 
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, JSONB, TIMESTAMP
 
@@ -198,6 +202,16 @@ incoming_events = sa.Table(
     prefixes=["TEMPORARY"],
     postgresql_on_commit="DELETE ROWS",
 )
+
+
+def texts(values: Sequence[str]) -> sa.BindParameter[Any]:
+    """Bind strings as an array."""
+    return sa.literal(list(values), ARRAY(sa.Text))
+
+
+def uuids(values: Sequence[uuid.UUID]) -> sa.BindParameter[Any]:
+    """Bind ids as an array."""
+    return sa.literal(list(values), ARRAY(sa.Uuid))
 
 
 def violated_constraint(error: sa.exc.IntegrityError) -> str | None:

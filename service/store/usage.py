@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -38,9 +38,14 @@ from service.store.usage_sql import Bounds, Pair
 SLICE_MAX = 50_000
 # A window with groups can hold 200 values of up to 16 KiB (a property may be an object), so very few fill a page.
 GROUPED_SLICE_MAX = 16
+# A client takes messages of 4 MiB, and a value can be an object of 16 KiB.
+GROUPS_BYTES_MAX = 2 * 1024 * 1024
 # A page is cut when it took this long, so that no call holds a connection for as long as its query is large.
 PAGE_S = 2.0
 PAIRS_MAX = 1_000
+# How many candidates one statement looks at for pairs with usage, or with changes.
+PAIRS_PROBED = 5_000
+CHANGES_PROBED = 200
 
 NOTHING = Measures(0, 0, None, None, None, None, None)
 
@@ -72,15 +77,23 @@ async def usage_page(
     size = 0
     number = len(query.windows)
     position = begin
+    found = Pairs((), begin)
     pairs: Sequence[Pair] = ()
     clock = asyncio.get_running_loop().time
     late = clock() + PAGE_S
     while True:
-        pairs = pairs or await reader.pairs(position)
         if not pairs:
+            found = await reader.pairs(position)
+            pairs = found.pairs
+        if not pairs and found.following is None:
             return UsagePage(windows, None)
-        if position != begin and clock() > late:
+        if not pairs:
+            position = found.following
+        full = len(windows) >= limit or size >= bytes_max
+        if full or (position != begin and clock() > late):
             return UsagePage(windows, position)
+        if not pairs:
+            continue
         first = position.window if position and pairs[0] == (position.customer_id, position.metric_id) else 0
         chunk, count = reader.slice(pairs, first, limit - len(windows))
         if query.sparse and count < number:
@@ -96,13 +109,10 @@ async def usage_page(
         if first + count < number:
             position = Position(*chunk[0], first + count)
         else:
-            position = Position.after_pair(*chunk[-1])
             pairs = pairs[len(chunk) :]
-        if position is None:
-            return UsagePage(windows, None)
-        if len(windows) >= limit or size >= bytes_max:
-            # Pairs without usage are no reason for another page.
-            return UsagePage(windows, position if pairs or await reader.pairs(position) else None)
+            position = Position.after_pair(*chunk[-1]) if pairs else found.following
+            if position is None:
+                return UsagePage(windows, None)
 
 
 async def watermark(connection: AsyncConnection) -> datetime:
@@ -126,7 +136,8 @@ async def _selected(
         if missing:
             raise customer_store.not_found(missing)
     if query.metrics is None:
-        selected = [Selected(metric) for metric in await metric_store.countable_metrics(connection, organization)]
+        countable = await metric_store.countable_metrics(connection, organization, query.updated_since)
+        selected = [Selected(metric) for metric in countable]
     else:
         found = await metric_store.get_metrics(connection, organization, [one.id for one in query.metrics])
         require_backfilled(found)
@@ -155,6 +166,13 @@ def require_backfilled(metrics: Sequence[BillableMetric]) -> None:
         )
 
 
+class Pairs(NamedTuple):
+    """Pairs in order, and where to look for more; None = there are none."""
+
+    pairs: Sequence[Pair]
+    following: Position | None
+
+
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """The parts of one query that every statement of a page needs."""
@@ -175,25 +193,38 @@ class _Reader:
             return pairs[: most // number], number
         return pairs[:1], min(most, number - first)
 
-    async def pairs(self, begin: Position | None) -> Sequence[Pair]:
-        """Return the next pairs of the query from `begin` on, in order; those not named need usage in the range."""
+    async def pairs(self, begin: Position | None) -> Pairs:
+        """Return the next pairs of the query from `begin` on, in order; those not named need usage in the range.
+
+        Looks at a bounded number of candidates, so it may find few or none of many.
+        """
         least = Pair(begin.customer_id, begin.metric_id) if begin else Pair(uuid.UUID(int=0), uuid.UUID(int=0))
-        if self.query.customers is not None and self.query.metrics is not None:
+        query = self.query
+        if query.customers is not None and query.metrics is not None:
             metric_ids = sorted(self.metrics)
             found: list[Pair] = []
-            for customer_id in sorted(one for one in self.query.customers if one >= least.customer_id):
+            for customer_id in sorted(one for one in query.customers if one >= least.customer_id):
                 found += [pair for metric_id in metric_ids if (pair := Pair(customer_id, metric_id)) >= least]
-                if len(found) >= PAIRS_MAX:
+                if len(found) > PAIRS_MAX:
                     break
-            return found[:PAIRS_MAX]
+            return Pairs(found[:PAIRS_MAX], Position.after_pair(*found[PAIRS_MAX - 1]) if found[PAIRS_MAX:] else None)
         if not self.metrics:
-            return []
+            return Pairs((), None)
+        # With `updated_since` a candidate is not done with at its first cell: most have none that changed.
+        number = max(1, (CHANGES_PROBED if query.updated_since else PAIRS_PROBED) // len(self.metrics))
+        following = usage_sql.next_customers(least.customer_id, query.customers, query.updated_since, number)
+        customer_ids = [row[0] for row in await self._execute(following)]
+        if not customer_ids:
+            return Pairs((), None)
         metrics = [one.metric for one in self.metrics.values()]
-        span = (self.query.windows.start, self.query.windows.end)
-        statement = usage_sql.pairs_with_usage(
-            metrics, span, self.query.customers, least, PAIRS_MAX, self.query.updated_since
-        )
-        return [Pair(row[0], row[1]) for row in await self._execute(statement)]
+        span = (query.windows.start, query.windows.end)
+        statement = usage_sql.pairs_with_usage(metrics, span, customer_ids, least, PAIRS_MAX, query.updated_since)
+        pairs = [Pair(row[0], row[1]) for row in await self._execute(statement)]
+        if len(pairs) == PAIRS_MAX:
+            return Pairs(pairs, Position.after_pair(*pairs[-1]))
+        if len(customer_ids) < number:
+            return Pairs(pairs, None)
+        return Pairs(pairs, Position.after_pair(customer_ids[-1], uuid.UUID(int=(1 << 128) - 1)))
 
     async def next_used(self, pair: Pair, instant: datetime) -> datetime | None:
         """Return the first instant from `instant` on that can hold usage of the pair; None if there is none."""
@@ -268,6 +299,12 @@ def _group_map(selected: Selected, found: dict[str, Measures]) -> tuple[dict[str
     aggregation = selected.metric.aggregation
     if selected.group_by.values:
         return {name: value(aggregation, found.get(name, NOTHING)) for name in selected.group_by.values}, False
+    shown: dict[str, str | None] = {}
+    size = 0
     # Postgres ranks by bytes; Python's order of code points is the same for UTF-8.
-    shown = sorted(found)[:GROUP_VALUES_MAX]
-    return {name: value(aggregation, found[name]) for name in shown}, len(found) > GROUP_VALUES_MAX
+    for name in sorted(found)[:GROUP_VALUES_MAX]:
+        size += len(name.encode())
+        if size > GROUPS_BYTES_MAX:
+            break
+        shown[name] = value(aggregation, found[name])
+    return shown, len(shown) < len(found)

@@ -28,9 +28,11 @@ from service.store.tables import (
     customer_keys,
     customers,
     released_keys,
+    texts,
     usage_cells,
     usage_distinct_values,
     usage_events,
+    uuids,
 )
 
 Span = tuple[datetime, datetime]
@@ -45,19 +47,37 @@ class Pair(NamedTuple):
     metric_id: uuid.UUID
 
 
+def next_customers(
+    least: uuid.UUID, customer_ids: Sequence[uuid.UUID] | None, since: datetime | None, limit: int
+) -> sa.Select[Any]:
+    """Select the ids of the customers named, or of all that are not archived (or with `since`: were not), in order."""
+    columns = customers.c
+    wanted: sa.ColumnElement[bool] = columns.archived_at.is_(None)
+    if since is not None:
+        wanted = sa.or_(wanted, columns.archived_at >= since)
+    if customer_ids is not None:
+        wanted = columns.id == sa.any_(uuids(customer_ids))
+    return (
+        sa.select(columns.id)
+        .where(columns.organization_id == ORGANIZATION, columns.id >= least, wanted)
+        .order_by(columns.id)
+        .limit(limit)
+    )
+
+
 def pairs_with_usage(
     metrics: Sequence[BillableMetric],
     span: Span,
-    customer_ids: Sequence[uuid.UUID] | None,
+    customer_ids: Sequence[uuid.UUID],
     least: Pair,
     limit: int,
     since: datetime | None,
 ) -> sa.Select[Any]:
-    """Select the pairs from `least` on that have an event in the span, in order: customer_id, metric_id.
+    """Select the pairs of these customers, from `least` on, that have an event in the span: customer_id, metric_id.
 
-    Of the customers named, or of all that are not archived. With `since` the pairs with a change from then on instead.
+    In order. With `since` the pairs with a change from then on instead.
     """
-    metric = sa.func.unnest(_uuids(sorted(one.id for one in metrics))).table_valued("id").render_derived("metric")
+    metric = sa.func.unnest(uuids(sorted(one.id for one in metrics))).table_valued("id").render_derived("metric")
     key = keys_of(customers.c.id)
     found: list[sa.ColumnElement[bool]] = []
 
@@ -80,15 +100,12 @@ def pairs_with_usage(
                 events = _events_of_key(key.c.key, sa.literal(part[0], INSTANT), sa.literal(part[1], INSTANT))
                 in_part = exists(events, key.c.held, metric_sql.matches(one, events))
                 found.append(sa.and_(metric.c.id == one.id, in_part))
-    wanted: sa.ColumnElement[bool] = customers.c.archived_at.is_(None)
-    if customer_ids is not None:
-        wanted = customers.c.id == sa.any_(_uuids(customer_ids))
     return (
         sa.select(customers.c.id, metric.c.id)
         .select_from(customers.join(metric, sa.true()))
         .where(
             customers.c.organization_id == ORGANIZATION,
-            wanted,
+            customers.c.id == sa.any_(uuids(customer_ids)),
             customers.c.id >= least.customer_id,
             sa.or_(customers.c.id > least.customer_id, metric.c.id >= least.metric_id),
             sa.or_(*found),
@@ -150,7 +167,7 @@ def group_totals(
     group_value = pieces.c.group_values[place].collate("C")
     wanted: sa.ColumnElement[bool] = group_value.is_not(None)
     if group_by.values:
-        wanted = group_value == sa.any_(sa.literal(list(group_by.values), ARRAY(sa.Text)))
+        wanted = group_value == sa.any_(texts(group_by.values))
     key = [*_key(pieces), group_value.label("group_value")]
     rank = sa.func.row_number().over(partition_by=_key(pieces), order_by=group_value)
     ranked = (
@@ -176,19 +193,29 @@ def group_totals(
 def watermark() -> sa.Select[Any]:
     """Select an instant such that whatever a snapshot taken later does not show is stored with a later time.
 
-    Times are taken after their transaction began; so it is the beginning of the oldest one that is still writing. One
-    that has not written yet takes its times within moments of writing; a minute is more than enough for them.
+    Times are taken after their transaction began; so it is the beginning of the oldest one that is still writing, or of
+    this statement's own, which began before it looked. One that has not written yet takes its times within moments of
+    writing; a minute is more than enough for them. Of other roles' sessions Postgres tells nothing (unless this one has
+    pg_read_all_stats), nor with track_activities off; then an hour must do, far longer than a transaction of ours is.
     """
-    activity = sa.table(
-        "pg_stat_activity",
-        *(sa.column("xact_start", INSTANT), sa.column("backend_xid")),
-        *(sa.column("datname"), sa.column("backend_type")),
+    names = ("datname", "backend_type", "backend_xid", "query", "state")
+    activity = sa.table("pg_stat_activity", sa.column("xact_start", INSTANT), *(sa.column(name) for name in names))
+    columns: Any = activity.c
+
+    def ago(interval: str) -> sa.ColumnElement[Any]:
+        return sa.func.clock_timestamp() - sa.literal_column(f"INTERVAL '{interval}'")
+
+    hidden = sa.or_(columns.query == "<insufficient privilege>", columns.state == "disabled")
+    begun = sa.case(
+        (hidden, ago("1 hour")),
+        (columns.backend_xid.is_not(None), columns.xact_start),
+        else_=sa.func.greatest(columns.xact_start, ago("1 minute")),
     )
-    started = activity.c.xact_start
-    recently = sa.func.clock_timestamp() - sa.literal_column("INTERVAL '1 minute'")
-    begun = sa.case((activity.c.backend_xid.is_not(None), started), else_=sa.func.greatest(started, recently))
-    oldest = sa.select(sa.func.min(begun)).where(activity.c.datname == sa.func.current_database(), started.is_not(None))
-    return sa.select(sa.func.least(sa.func.clock_timestamp(), oldest.scalar_subquery(), type_=INSTANT))
+    oldest = sa.select(sa.func.min(begun)).where(
+        columns.datname == sa.func.current_database(),
+        sa.or_(hidden, sa.and_(columns.backend_type == "client backend", columns.xact_start.is_not(None))),
+    )
+    return sa.select(sa.func.least(sa.func.now(), oldest.scalar_subquery(), type_=INSTANT))
 
 
 def any_event(pieces: sa.Subquery) -> sa.ColumnElement[bool]:
@@ -333,7 +360,7 @@ def _window(instant: sa.ColumnElement[Any], bounds: Bounds) -> sa.ColumnElement[
 def _cut_events(customer_ids: Sequence[uuid.UUID], cut: Sequence[Span]) -> sa.Subquery:
     """Select the events of these customers within the parts of cut cells, key by key and part by part."""
     keys = customer_keys.c
-    owned = (keys.organization_id == ORGANIZATION, keys.customer_id == sa.any_(_uuids(customer_ids)))
+    owned = (keys.organization_id == ORGANIZATION, keys.customer_id == sa.any_(uuids(customer_ids)))
     owner = sa.select(keys.key).where(*owned).subquery("owner")
     part = _part_rows(cut)
     events = _events_of_key(owner.c.key, part.c.start, part.c.stop)
@@ -397,7 +424,7 @@ def _fresh(
 ) -> sa.ColumnElement[bool]:
     """Condition that a metric could be read first after an instant: all its usage is new, however old its cells."""
     fresh = [one.id for one in metrics if one.backfilled_at is not None and one.backfilled_at >= since]
-    return metric_id == sa.any_(_uuids(fresh))
+    return metric_id == sa.any_(uuids(fresh))
 
 
 def _key(pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
@@ -412,7 +439,7 @@ def _any(select: sa.Select[Any]) -> sa.ColumnElement[bool]:
 
 def _pair_rows(pairs: Sequence[Pair]) -> Any:
     return (
-        sa.func.unnest(_uuids([pair.customer_id for pair in pairs]), _uuids([pair.metric_id for pair in pairs]))
+        sa.func.unnest(uuids([pair.customer_id for pair in pairs]), uuids([pair.metric_id for pair in pairs]))
         .table_valued(sa.column("customer_id", sa.Uuid), sa.column("metric_id", sa.Uuid))
         .render_derived("pair")
     )
@@ -426,12 +453,3 @@ def _part_rows(cut: Sequence[Span]) -> Any:
         .table_valued(sa.column("start", INSTANT), sa.column("stop", INSTANT))
         .render_derived("part")
     )
-
-
-def _uuids(values: Sequence[uuid.UUID]) -> sa.BindParameter[Any]:
-    return sa.literal(list(values), ARRAY(sa.Uuid))
-
-
-def texts(values: Sequence[str]) -> sa.BindParameter[Any]:
-    """Bind strings as an array."""
-    return sa.literal(list(values), ARRAY(sa.Text))

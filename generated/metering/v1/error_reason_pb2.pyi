@@ -69,7 +69,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason":"WINDOW_RANGE","domain":"metering","metadata":{"field":"ending_before","violations":"1"}}
     """
     ERROR_REASON_WINDOW_COUNT: _ErrorReason.ValueType  # 22
-    """More than 10 million windows could result. INVALID_ARGUMENT: narrow the range or set omit_empty_windows.
+    """More than 10 million windows could result. INVALID_ARGUMENT: narrow the range, or set omit_empty_windows or
+    updated_since.
     {"reason":"WINDOW_COUNT","domain":"metering","metadata":{"field":"window_size","violations":"1"}}
     """
     ERROR_REASON_TIME_ZONE_INVALID: _ErrorReason.ValueType  # 23
@@ -214,7 +215,8 @@ ERROR_REASON_WINDOW_RANGE: ErrorReason.ValueType  # 21
 {"reason":"WINDOW_RANGE","domain":"metering","metadata":{"field":"ending_before","violations":"1"}}
 """
 ERROR_REASON_WINDOW_COUNT: ErrorReason.ValueType  # 22
-"""More than 10 million windows could result. INVALID_ARGUMENT: narrow the range or set omit_empty_windows.
+"""More than 10 million windows could result. INVALID_ARGUMENT: narrow the range, or set omit_empty_windows or
+updated_since.
 {"reason":"WINDOW_COUNT","domain":"metering","metadata":{"field":"window_size","violations":"1"}}
 """
 ERROR_REASON_TIME_ZONE_INVALID: ErrorReason.ValueType  # 23

@@ -403,7 +403,7 @@ class StoredEvent(_message.Message):
     """
     @_builtins.property
     def event(self) -> Global___UsageEvent:
-        """The event as sent. A number that was sent as a JSON number comes back as one."""
+        """The event as stored: as it was sent, with a UUID as customer id in lower case and the timestamp cut to microseconds."""
 
     @_builtins.property
     def ingest_time(self) -> _timestamp_pb2.Timestamp:

@@ -96,7 +96,8 @@ class EventServiceServicer:
         A fault of one event is a verdict. Only a malformed message (bytes that do not decode, a wrong number, no events
         or more than 10,000) ends the stream, with INVALID_ARGUMENT, after the batches before it were answered; likewise
         UNAVAILABLE when the database does not answer, or when the server shuts down (SERVER_DRAINING, with RetryInfo),
-        and ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable).
+        ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable), and RESOURCE_EXHAUSTED when the
+        server has too many streams open. Of all that is unanswered on all streams the server takes 64 MiB; then it waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,7 +62,8 @@ class EventServiceStub:
     A fault of one event is a verdict. Only a malformed message (bytes that do not decode, a wrong number, no events
     or more than 10,000) ends the stream, with INVALID_ARGUMENT, after the batches before it were answered; likewise
     UNAVAILABLE when the database does not answer, or when the server shuts down (SERVER_DRAINING, with RetryInfo),
-    and ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable).
+    ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable), and RESOURCE_EXHAUSTED when the
+    server has too many streams open. Of all that is unanswered on all streams the server takes 64 MiB; then it waits.
     """
     SearchEvents: _grpc.UnaryUnaryMultiCallable[_event_pb2.SearchEventsRequest, _event_pb2.SearchEventsResponse]
     """Finds stored events, by transaction ids, or by customer, type and time, the latest first; and explains for each
@@ -115,7 +116,8 @@ class EventServiceAsyncStub(EventServiceStub):
     A fault of one event is a verdict. Only a malformed message (bytes that do not decode, a wrong number, no events
     or more than 10,000) ends the stream, with INVALID_ARGUMENT, after the batches before it were answered; likewise
     UNAVAILABLE when the database does not answer, or when the server shuts down (SERVER_DRAINING, with RetryInfo),
-    and ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable).
+    ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable), and RESOURCE_EXHAUSTED when the
+    server has too many streams open. Of all that is unanswered on all streams the server takes 64 MiB; then it waits.
     """
     SearchEvents: _aio.UnaryUnaryMultiCallable[_event_pb2.SearchEventsRequest, _event_pb2.SearchEventsResponse]  # type: ignore[assignment]
     """Finds stored events, by transaction ids, or by customer, type and time, the latest first; and explains for each
@@ -177,7 +179,8 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         A fault of one event is a verdict. Only a malformed message (bytes that do not decode, a wrong number, no events
         or more than 10,000) ends the stream, with INVALID_ARGUMENT, after the batches before it were answered; likewise
         UNAVAILABLE when the database does not answer, or when the server shuts down (SERVER_DRAINING, with RetryInfo),
-        and ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable).
+        ABORTED (STREAM_STALLED) when answers were not taken for a minute (configurable), and RESOURCE_EXHAUSTED when the
+        server has too many streams open. Of all that is unanswered on all streams the server takes 64 MiB; then it waits.
         """
 
     @_abc_1.abstractmethod

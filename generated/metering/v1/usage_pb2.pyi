@@ -93,8 +93,8 @@ class GroupBy(_message.Message):
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The values wanted, at most 200, all different; each is present in the answer, without a value if nothing
-        matched. Empty = the first 200 in byte order that have usage in the window, and `groups_truncated` says if
-        there are more.
+        matched. Empty = the first 200 in byte order that have usage in the window (fewer if they take over 2 MiB), and
+        `groups_truncated` says if there are more.
         """
 
     def __init__(
@@ -143,11 +143,15 @@ class ListUsageRequest(_message.Message):
     """
     @_builtins.property
     def customer_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The customers, as UUIDs (not aliases), all different, at most 1,000. Empty = all that are not archived."""
+        """The customers, as UUIDs (not aliases), all different, at most 1,000. Empty = all that are not archived, or with
+        `updated_since` were not then.
+        """
 
     @_builtins.property
     def billable_metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___BillableMetricSelector]:
-        """The metrics, all different, at most 1,000. Empty = all that are neither archived nor still counting the past."""
+        """The metrics, all different, at most 1,000. Empty = all that are neither archived (or with `updated_since`, were not
+        then) nor still counting the past.
+        """
 
     @_builtins.property
     def starting_on(self) -> _timestamp_pb2.Timestamp:
@@ -161,7 +165,8 @@ class ListUsageRequest(_message.Message):
     def updated_since(self) -> _timestamp_pb2.Timestamp:
         """If set, only windows whose stored usage changed at or after this instant, that is, with `update_time` from then
         on. Includes windows whose last event was taken away, without a value (unless `omit_empty_windows` is set too). Pass
-        `next_updated_since` of the last complete read to get all that changed since, and perhaps a little more.
+        `next_updated_since` of the last complete read to get all that changed since, and perhaps a little more: what
+        changed shortly before it too, and up to an hour before where the database hides what others do in it.
         """
 
     def __init__(
@@ -555,7 +560,9 @@ class GroupedUsageWindow(_message.Message):
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When the stored usage behind this row last changed; unset if there is none."""
+        """When the stored usage behind this row last changed; unset if the row stands for a window or a combination of
+        values without usage.
+        """
 
     def __init__(
         self,
@@ -762,7 +769,7 @@ class UsageWindow(_message.Message):
     value: _builtins.str
     """The aggregate as a plain decimal: no exponent, no trailing zeros, no -0. Unset = no usage, which is not zero."""
     groups_truncated: _builtins.bool
-    """With `group_by` and no values asked for: true if there are more than the 200 in `groups`."""
+    """With `group_by` and no values asked for: true if there are more than those in `groups`."""
     incomplete: _builtins.bool
     """True if the window had not ended when the first page was read: its value can still grow in the normal course.
     A late event changes any window.
@@ -786,7 +793,7 @@ class UsageWindow(_message.Message):
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When the stored usage behind this window last changed: an event in one of its hours was counted or taken away, or a
-        customer key with usage in them came to this customer or left it. Unset if there never was any.
+        customer key with usage in them came to this customer or left it. Unset if nothing of that ever happened.
         """
 
     def __init__(

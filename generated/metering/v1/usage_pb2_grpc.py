@@ -69,7 +69,7 @@ class UsageServiceServicer:
         only if it has an event in the range, then with all its windows. Read-only.
 
         Fails with INVALID_ARGUMENT on bad bounds, zone, ids, group key, page size or token, or when more than 10
-        million windows could result (WINDOW_COUNT) and empty ones are not omitted; NOT_FOUND when a customer or metric
+        million windows could result (WINDOW_COUNT) and neither `omit_empty_windows` nor `updated_since` is set; NOT_FOUND when a customer or metric
         does not exist; FAILED_PRECONDITION (METRIC_BACKFILLING, with RetryInfo) when a named metric is still counting
         the past.
         """
@@ -85,8 +85,8 @@ class UsageServiceServicer:
         acknowledged before the call is included; each page is one snapshot. Read-only.
 
         Fails with INVALID_ARGUMENT on bad bounds, zone, group key, filter, page size or token, when neither bounds nor
-        `current_period` are given or both are, or when more than 10 million windows could result and empty ones are not
-        omitted (WINDOW_COUNT); NOT_FOUND when the customer or metric does not exist; FAILED_PRECONDITION when the metric
+        `current_period` are given or both are, or when more than 10 million rows could result and neither
+        `omit_empty_windows` nor `updated_since` is set (WINDOW_COUNT); NOT_FOUND when the customer or metric does not exist; FAILED_PRECONDITION when the metric
         is still counting the past (METRIC_BACKFILLING, with RetryInfo) or the customer is in no billing period now
         (NO_BILLING_PERIOD).
         """

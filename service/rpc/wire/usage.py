@@ -18,6 +18,9 @@ _FAULT_REASONS = {
     FaultKind.ZONE: Reason.TIME_ZONE_INVALID,
 }
 
+# Characters of a name that was sent, in a field path.
+_NAME_SHOWN = 128
+
 _WINDOW_SIZES = {
     number: WindowSize(name.removeprefix("WINDOW_SIZE_")) for name, number in usage_pb2.WindowSize.items() if number
 }
@@ -66,7 +69,7 @@ def grouped_query(
     else:
         windows = _windows(request, size, faults)
     group_key = _group_key(request.group_key, faults)
-    filters = _filters(request, faults)
+    filters = _filters(request, group_key, faults)
     updated_since = read_instant(request, "updated_since", faults)
     raise_any(faults)
     customer_id, metric_id = ids
@@ -156,19 +159,22 @@ def _group_key(sent: Sequence[str], faults: list[Violation]) -> tuple[str, ...]:
 
 
 def _filters(
-    request: usage_pb2.ListUsageWithGroupsRequest | usage_pb2.StreamUsageWithGroupsRequest, faults: list[Violation]
+    request: usage_pb2.ListUsageWithGroupsRequest | usage_pb2.StreamUsageWithGroupsRequest,
+    group_key: tuple[str, ...],
+    faults: list[Violation],
 ) -> dict[str, tuple[str, ...]]:
-    number = sum(len(one.values) for one in request.group_filters.values())
-    if number > usage.FILTER_VALUES_MAX:
-        text = f"has {number} values; at most {usage.FILTER_VALUES_MAX} are allowed in all"
+    sent = request.group_filters
+    number = sum(len(one.values) for one in sent.values())
+    if len(sent) > metrics.GROUP_KEY_PROPERTIES_MAX or number > usage.FILTER_VALUES_MAX:
+        limits = f"{metrics.GROUP_KEY_PROPERTIES_MAX} properties and {usage.FILTER_VALUES_MAX} values"
+        text = f"has {len(sent)} properties and {number} values; at most {limits} are allowed in all"
         faults.append(Violation("group_filters", Reason.LIMIT_EXCEEDED, text))
         return {}
     found: dict[str, tuple[str, ...]] = {}
-    for name, one in sorted(request.group_filters.items()):
-        path = f"group_filters[{name!r}]"
-        if name not in request.group_key:
-            known = ", ".join(request.group_key) or "empty"
-            text = f"names a property that is not in group_key ({known})"
+    for name, one in sorted(sent.items()):
+        path = f"group_filters[{name[:_NAME_SHOWN]!r}]"
+        if name not in group_key:
+            text = "names a property that is not in group_key"
             faults.append(Violation(path, Reason.FIELD_INVALID, text))
         faults += _values(f"{path}.values", one.values)
         if one.values:
