@@ -10,6 +10,7 @@ import grpc
 import pytest
 import sqlalchemy as sa
 from conftest import Client, event, running_server, timestamp
+from faults import fault_of
 
 import service.ingest
 import service.store.events
@@ -155,6 +156,77 @@ async def test_pages_cut_by_time_are_whole_together(
         request.page_token = page.next_page_token
     assert [window for page in pages for window in page] == expected
     assert omit or len(pages) > 1
+
+
+@pytest.mark.parametrize("changes", [False, True])
+async def test_candidates_are_passed_in_bounded_steps(
+    client: Client, monkeypatch: pytest.MonkeyPatch, changes: bool
+) -> None:
+    """Many customers without usage, or without a change, cost short pages and messages, and hide none that has some."""
+    for number in range(12):
+        await client.create_customer(id=str(uuid.UUID(int=number)), ingest_aliases=[f"c{number}"])
+    await client.create_metric()
+    await client.ingest(*(event(customer_id=f"c{number}", at=START) for number in (0, 7, 11)))
+    query: dict[str, Any] = {
+        "window_size": "WINDOW_SIZE_NONE",
+        "starting_on": timestamp(START),
+        "ending_before": timestamp(START + timedelta(days=2)),
+    }
+    if changes:
+        query["updated_since"] = timestamp(START)
+    expected = await client.all_usage(**query)
+    assert [uuid.UUID(window.customer_id).int for window in expected] == [0, 7, 11]
+    monkeypatch.setattr(service.store.usage, "PAGE_S", -1.0)
+    monkeypatch.setattr(service.store.usage, "CHANGES_PROBED" if changes else "PAIRS_PROBED", 2)
+    pages = []
+    request = usage_pb2.ListUsageRequest(**query)
+    while not pages or request.page_token:
+        page = await client.usage.ListUsage(request)
+        pages.append(list(page.windows))
+        request.page_token = page.next_page_token
+    assert [window for page in pages for window in page] == expected
+    assert [] in pages[:-1], "the server went further than one step"
+    messages = [message async for message in client.usage.StreamUsage(usage_pb2.StreamUsageRequest(**query))]
+    assert [window for message in messages for window in message.windows] == expected
+    assert any(not message.windows for message in messages[:-1])
+
+
+async def test_a_large_filter_costs_little(client: Client) -> None:
+    """Group keys and filters by the thousand are refused at once, with a few words."""
+    request = usage_pb2.ListUsageWithGroupsRequest(
+        customer_id=str(uuid.uuid4()),
+        billable_metric_id=str(uuid.uuid4()),
+        window_size="WINDOW_SIZE_NONE",
+        starting_on=timestamp(START),
+        ending_before=timestamp(START + timedelta(days=1)),
+        group_key=[f"k{number}" for number in range(40_000)],
+        group_filters={f"f{number}": usage_pb2.GroupFilter() for number in range(40_000)},
+    )
+    began = time.monotonic()
+    fault = await fault_of(client.usage.ListUsageWithGroups(request))
+    assert fault.brief == ("INVALID_ARGUMENT", "LIMIT_EXCEEDED", "group_key")
+    assert fault.fields == ("group_key", "group_filters")
+    # Typically 0.1 s; looked up one in the other, they took minutes.
+    assert time.monotonic() - began < 10
+
+
+async def test_groups_of_a_window_are_cut_by_size(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group values that would make a window larger than clients take are left out, and it says so."""
+    metric = await client.create_metric(group_keys=[{"properties": ["g"]}])
+    await client.create_customer(ingest_aliases=["acme"])
+    await client.ingest(*(event(properties={"g": f"{number:02}" + "x" * 998}) for number in range(10)))
+    query = {
+        "billable_metrics": [{"id": metric.id, "group_by": {"key": "g"}}],
+        "window_size": "WINDOW_SIZE_NONE",
+        "starting_on": timestamp(START),
+        "ending_before": timestamp(START + timedelta(days=1)),
+    }
+    (whole,) = await client.all_usage(**query)
+    assert (len(whole.groups), whole.groups_truncated) == (10, False)
+    monkeypatch.setattr(service.store.usage, "GROUPS_BYTES_MAX", 4_500)
+    (cut,) = await client.all_usage(**query)
+    assert sorted(cut.groups) == sorted(whole.groups)[:4]
+    assert (cut.groups_truncated, cut.value) == (True, "10")
 
 
 async def test_a_caller_that_left_leaves_no_events_behind(database: Database, client: Client) -> None:

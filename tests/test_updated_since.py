@@ -20,7 +20,7 @@ import oracle
 import pytest
 import sqlalchemy as sa
 import test_oracle
-from conftest import Client, running_server, timestamp
+from conftest import Client, event, running_server, timestamp
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -40,7 +40,7 @@ from test_oracle import (
     wire,
 )
 
-from metering.v1 import customer_pb2, usage_pb2
+from metering.v1 import billable_metric_pb2, customer_pb2, usage_pb2
 from service import backfill
 from service.database import Database
 from service.rpc import usage as usage_rpc
@@ -836,3 +836,26 @@ async def test_readers_beside_writers(servers: Servers) -> None:
     for reader in readers:
         await reader.sync(clients, 3)
         await reader.require_complete(clients, ())
+
+
+async def test_what_was_archived_tells_its_last_changes(client: Client) -> None:
+    """What changed before a metric or customer was archived is among the changes of all, though neither is in all."""
+    kept, archived = await client.create_metric(), await client.create_metric()
+    ours, left = await client.create_customer(ingest_aliases=["a"]), await client.create_customer(ingest_aliases=["b"])
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    whole: dict[str, Any] = {
+        "window_size": "WINDOW_SIZE_NONE",
+        "starting_on": timestamp(start),
+        "ending_before": timestamp(start + oracle.HOUR),
+    }
+    since = (await client.usage.ListUsage(usage_pb2.ListUsageRequest(**whole))).next_updated_since
+    await client.ingest(*(event(customer_id=alias, at=start) for alias in "ab"))
+    await client.metrics.ArchiveBillableMetric(billable_metric_pb2.ArchiveBillableMetricRequest(id=archived.id))
+    await client.customers.ArchiveCustomer(customer_pb2.ArchiveCustomerRequest(id=left.id))
+    changed = await client.all_usage(**whole, updated_since=since)
+    pairs = {(window.customer_id, window.billable_metric_id) for window in changed}
+    assert pairs == {(customer.id, metric.id) for customer in (ours, left) for metric in (kept, archived)}
+    assert {window.value for window in changed} == {"1"}
+    assert {(one.customer_id, one.billable_metric_id) for one in await client.all_usage(**whole)} == {
+        (ours.id, kept.id)
+    }
