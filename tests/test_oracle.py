@@ -36,7 +36,7 @@ from service.store import cells, organizations
 from service.store import metrics as metric_store
 from service.store.tables import billable_metrics
 
-EXAMPLES = 10
+EXAMPLES = 40
 LONG_FACTOR = 10
 STAGES = 4  # events are sent in the first three; in the last, what comes too late for all of them
 
