@@ -32,8 +32,15 @@ class NewApiKey(NamedTuple):
     secret_hash: bytes
 
 
-class _Trusted(NamedTuple):
+class Caller(NamedTuple):
+    """Whose call it is, and whether the caller is an administrator of the organization."""
+
     organization: str
+    is_admin: bool = True
+
+
+class _Trusted(NamedTuple):
+    caller: Caller
     secret_hash: bytes
     until: float
 
@@ -61,14 +68,14 @@ class Auth:
         # Look-ups under way: a burst of calls with one credential asks the database once.
         self._asking: dict[str, asyncio.Task[Any]] = {}
 
-    async def organization(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
-        """Return the organization that a call with this metadata belongs to.
+    async def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+        """Return whose call it is that has this metadata.
 
         Raises Unauthenticated when a credential is needed and missing, malformed, unknown or revoked; the text does
         not tell which of the last three.
         """
         if time.monotonic() < self._open_until or await self.is_open():
-            return organizations.DEFAULT_ORGANIZATION
+            return Caller(organizations.DEFAULT_ORGANIZATION)
         sent = [value for name, value in metadata if name == "authorization"]
         if not sent:
             raise Unauthenticated(
@@ -79,7 +86,7 @@ class Auth:
         )
         if len(parts) != 2 or parts[0].lower() not in {"bearer", "key"}:
             raise _refused()
-        return await self._organization_of(parts[1])
+        return await self._caller_of(parts[1])
 
     async def is_open(self) -> bool:
         """Say whether no API key was ever made; true answers are trusted for a moment."""
@@ -90,7 +97,7 @@ class Auth:
         self._open_until = time.monotonic() + TRUST_S
         return True
 
-    async def _organization_of(self, key: str) -> str:
+    async def _caller_of(self, key: str) -> Caller:
         prefix, _, rest = key.partition("_")
         key_id, _, secret = rest.partition("_")
         if prefix != _PREFIX or not secret:
@@ -101,7 +108,7 @@ class Auth:
         sent = sha256(secret.encode()).digest()
         if trusted is None or not hmac.compare_digest(sent, trusted.secret_hash):
             raise _refused()
-        return trusted.organization
+        return trusted.caller
 
     async def _look_up(self, key_id: str) -> _Trusted | None:
         self._trusted.pop(key_id, None)
@@ -112,7 +119,7 @@ class Auth:
             return None
         if len(self._trusted) >= _CACHE_MAX:
             self._trusted.clear()
-        trusted = _Trusted(stored.organization, stored.secret_hash, time.monotonic() + TRUST_S)
+        trusted = _Trusted(Caller(stored.organization, stored.is_admin), stored.secret_hash, time.monotonic() + TRUST_S)
         self._trusted[key_id] = trusted
         return trusted
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from service.domain.events import TimeLimits
+from service.domain.partners import DEFAULT_RULES, Rules
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_DATA_DIR = Path.home() / ".local" / "share" / "metering"
@@ -30,6 +31,8 @@ class Config:
     drain: timedelta = timedelta(seconds=20)
     stream_stall: timedelta = timedelta(seconds=60)
     time_limits: TimeLimits = field(default_factory=TimeLimits)
+    # What the cloud marketplaces take.
+    partner_rules: Rules = field(default_factory=lambda: DEFAULT_RULES)
     # Unary requests in flight may hold this many bytes before new ones are refused with RESOURCE_EXHAUSTED, and streams
     # as many again before their next request has to wait.
     request_bytes_max: int = 64 * 1024 * 1024

@@ -166,7 +166,7 @@ class Ingest:
         version = await organizations.catalog_version(connection, organization)
         known = self._statements.find(organization, version)
         if known is None:
-            metrics = await metric_store.all_metrics(connection, organization)
+            metrics = await metric_store.event_metrics(connection, organization)
             # In a thread: an organization with many metrics must not keep the others' calls from the loop.
             compiled = await asyncio.to_thread(event_store.ingest_statements, metrics)
             known = self._statements.keep(organization, version, len(metrics), compiled)

@@ -20,10 +20,16 @@ from metering.v1 import (
     billable_metric_pb2_grpc,
     customer_pb2,
     customer_pb2_grpc,
+    entitlement_pb2,
+    entitlement_pb2_grpc,
     event_pb2,
     event_pb2_grpc,
     usage_pb2,
     usage_pb2_grpc,
+    usage_record_group_pb2,
+    usage_record_group_pb2_grpc,
+    usage_record_report_pb2,
+    usage_record_report_pb2_grpc,
 )
 from service.auth import Auth
 from service.backfill import Backfill
@@ -32,11 +38,15 @@ from service.database import Database, UnsafeDatabase
 from service.ingest import Ingest
 from service.migrations import is_current, upgrade
 from service.postgres import EmbeddedPostgres
+from service.reporting import Reporting
 from service.rpc.billable_metrics import BillableMetricService
 from service.rpc.customers import CustomerService
+from service.rpc.entitlements import EntitlementService
 from service.rpc.events import EventService
 from service.rpc.interceptor import Interceptor, RequestBytes
 from service.rpc.pages import PageTokens
+from service.rpc.record_groups import UsageRecordGroupService
+from service.rpc.record_reports import UsageRecordReportService
 from service.rpc.streams import Streams
 from service.rpc.usage import UsageService
 
@@ -49,6 +59,9 @@ SERVICES = tuple(
         (billable_metric_pb2, "BillableMetricService"),
         (customer_pb2, "CustomerService"),
         (usage_pb2, "UsageService"),
+        (entitlement_pb2, "EntitlementService"),
+        (usage_record_group_pb2, "UsageRecordGroupService"),
+        (usage_record_report_pb2, "UsageRecordReportService"),
     )
 )
 HEALTH_PERIOD_S = 2.0
@@ -81,6 +94,7 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
     """
     auth, tokens = Auth(database), PageTokens(database)
     ingest, backfill = Ingest(database, config.time_limits), Backfill(database)
+    reporting = Reporting(database, config.partner_rules)
     try:
         await database.check(allow_unsafe=config.allow_unsafe_database)
     except UnsafeDatabase as error:
@@ -99,6 +113,13 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
     )
     customer_pb2_grpc.add_CustomerServiceServicer_to_server(CustomerService(database, tokens), server)
     usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(database, tokens, streams), server)
+    entitlement_pb2_grpc.add_EntitlementServiceServicer_to_server(EntitlementService(database, tokens), server)
+    usage_record_group_pb2_grpc.add_UsageRecordGroupServiceServicer_to_server(
+        UsageRecordGroupService(database, tokens, config.partner_rules), server
+    )
+    usage_record_report_pb2_grpc.add_UsageRecordReportServiceServicer_to_server(
+        UsageRecordReportService(database, tokens), server
+    )
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -106,7 +127,8 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
         bound = [addresses.enter_context(_listen(server, address)) for address in config.listen]
         await _set_health(health_servicer, database)
         await server.start()
-        tasks = [asyncio.create_task(backfill.run()), asyncio.create_task(_watch_health(health_servicer, database))]
+        work = (backfill.run(), reporting.run(), _watch_health(health_servicer, database))
+        tasks = [asyncio.create_task(one) for one in work]
         try:
             yield bound
         finally:

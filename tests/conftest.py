@@ -27,10 +27,13 @@ from metering.v1 import (
     billable_metric_pb2_grpc,
     customer_pb2,
     customer_pb2_grpc,
+    entitlement_pb2_grpc,
     event_pb2,
     event_pb2_grpc,
     usage_pb2,
     usage_pb2_grpc,
+    usage_record_group_pb2_grpc,
+    usage_record_report_pb2_grpc,
 )
 from service.config import Config
 from service.database import Database
@@ -106,12 +109,18 @@ class Client:
     metrics: Any = field(init=False)
     customers: Any = field(init=False)
     usage: Any = field(init=False)
+    entitlements: Any = field(init=False)
+    groups: Any = field(init=False)
+    reports: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.events = event_pb2_grpc.EventServiceStub(self.channel)
         self.metrics = billable_metric_pb2_grpc.BillableMetricServiceStub(self.channel)
         self.customers = customer_pb2_grpc.CustomerServiceStub(self.channel)
         self.usage = usage_pb2_grpc.UsageServiceStub(self.channel)
+        self.entitlements = entitlement_pb2_grpc.EntitlementServiceStub(self.channel)
+        self.groups = usage_record_group_pb2_grpc.UsageRecordGroupServiceStub(self.channel)
+        self.reports = usage_record_report_pb2_grpc.UsageRecordReportServiceStub(self.channel)
 
     async def create_metric(self, **fields: Any) -> billable_metric_pb2.BillableMetric:
         """Create a metric (COUNT of everything unless told otherwise) and wait until its past is counted."""

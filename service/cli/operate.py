@@ -18,6 +18,7 @@ from service.auth import new_api_key
 from service.config import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Config
 from service.database import DATABASE_ERRORS, BadDatabaseUrl, Database, UnsafeDatabase
 from service.domain.events import TimeLimits
+from service.domain.partners import BadRule, Rules, with_changes
 from service.errors import MeteringError, Unavailable
 from service.migrations import upgrade
 from service.postgres import PostgresError, running_url
@@ -58,6 +59,13 @@ def _database_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _read_partner_rules(_ctx: click.Context, _param: click.Parameter, changes: tuple[str, ...]) -> Rules:
+    try:
+        return with_changes(changes)
+    except BadRule as error:
+        raise click.BadParameter(str(error)) from error
+
+
 @click.command(epilog=_EPILOG)
 @click.option(
     "--listen",
@@ -82,6 +90,15 @@ def _database_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default=24.0,
     show_default=True,
     help="Refuse new events this many hours ahead of the clock.",
+)
+@click.option(
+    "--partner-rule",
+    "partner_rules",
+    envvar="METERING_PARTNER_RULE",
+    multiple=True,
+    metavar="PARTNER.RULE=NUMBER",
+    callback=_read_partner_rules,
+    help="Change what a marketplace takes, such as AWS.window_hours=6; repeatable. See docs/marketplaces.md.",
 )
 @click.option(
     "--drain",
@@ -113,6 +130,7 @@ def serve(
     migrate: bool,
     max_event_age: float | None,
     max_event_lead: float,
+    partner_rules: Rules,
     drain: float,
     stream_stall: float,
     allow_unsafe_database: bool,
@@ -134,6 +152,7 @@ def serve(
         drain=timedelta(seconds=drain),
         stream_stall=timedelta(seconds=stream_stall),
         time_limits=TimeLimits(ahead=timedelta(hours=max_event_lead), oldest=age),
+        partner_rules=partner_rules,
     )
 
     def ready(addresses: list[str]) -> None:
@@ -238,14 +257,22 @@ def keys() -> None:
 @keys.command("create")
 @click.option("--org", default=DEFAULT_ORGANIZATION, show_default=True, help="The organization that its calls act for.")
 @click.option("--name", default="", help="For people: who holds it.")
+@click.option(
+    "--admin/--no-admin",
+    default=True,
+    show_default=True,
+    help="Whether its callers are administrators: only they may report usage records without validation.",
+)
 @_database_options
-def create_key(org: str, name: str, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
+def create_key(org: str, name: str, admin: bool, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
     """Make an API key and print it, once: only a hash of it is kept."""
     key = new_api_key()
 
     async def work(database: Database) -> None:
         try:
-            await database.write(lambda c: organizations.create_api_key(c, org, key.id, name, key.secret_hash))
+            await database.write(
+                lambda c: organizations.create_api_key(c, org, key.id, name, key.secret_hash, is_admin=admin)
+            )
         except sa.exc.IntegrityError as error:
             raise click.ClickException(f"There is no organization {org!r}; see `metering orgs list`.") from error
 
@@ -263,7 +290,8 @@ def list_keys(org: str, database_url: str | None, data_dir: Path, pg_bin: str | 
         database_url, data_dir, pg_bin, lambda database: database.read(lambda c: organizations.list_api_keys(c, org))
     ):
         state = f"revoked {key.revoked_at:%Y-%m-%d %H:%M}Z" if key.revoked_at else "active"
-        click.echo(f"{key.id}  created {key.created_at:%Y-%m-%d %H:%M}Z  {state}  {key.name}".rstrip())
+        role = "" if key.is_admin else "  not admin"
+        click.echo(f"{key.id}  created {key.created_at:%Y-%m-%d %H:%M}Z  {state}{role}  {key.name}".rstrip())
 
 
 @keys.command("revoke")

@@ -26,6 +26,13 @@ _EARLIEST_S = (EARLIEST - _EPOCH) // timedelta(seconds=1)
 _LATEST_S = (LATEST - _EPOCH) // timedelta(seconds=1)
 
 
+class EventSource(enum.IntEnum):
+    """Where an event comes from: it was sent as one, or made from a record of a usage record group."""
+
+    EVENT = 0
+    GROUP = 1
+
+
 class Verdict(enum.Enum):
     """What became of an event; see the proto enum of the same name."""
 
@@ -48,6 +55,7 @@ class Event(NamedTuple):
     timestamp: datetime
     properties: str
     digest: bytes
+    source: EventSource = EventSource.EVENT
 
 
 class Outcome(NamedTuple):
@@ -110,13 +118,20 @@ class TimeLimits(NamedTuple):
     oldest: timedelta | None = None
 
 
-def event(transaction_id: str, customer_id: str, event_type: str, timestamp: datetime, properties: str) -> Event:
+def event(
+    transaction_id: str,
+    customer_id: str,
+    event_type: str,
+    timestamp: datetime,
+    properties: str,
+    source: EventSource = EventSource.EVENT,
+) -> Event:
     """Build an event from checked fields; `properties` is canonical JSON."""
     key = checks.customer_key(customer_id)
     # Lengths keep fields apart: ("ab","c") and ("a","bc") must not meet. The id is not part of its own content.
     head = f"{len(key)}:{key}{len(event_type)}:{event_type}{timestamp.isoformat()}"
     digest = blake2b((head + properties).encode(), digest_size=16).digest()
-    return Event(transaction_id, key, event_type, timestamp, properties, digest)
+    return Event(transaction_id, key, event_type, timestamp, properties, digest, source)
 
 
 def instant(seconds: int, nanos: int) -> datetime | None:

@@ -9,6 +9,7 @@ from datetime import datetime
 from hashlib import blake2b
 
 from service.domain import checks
+from service.domain.events import EventSource
 from service.errors import Reason, Violation
 
 VALUES_MAX = 1_000
@@ -16,10 +17,12 @@ FILTERS_MAX = 32
 GROUP_KEYS_MAX = 10
 GROUP_KEY_PROPERTIES_MAX = 10
 DEFINITION_BYTES_MAX = 128 * 1024
-# Every metric of an organization, archived ones too, is part of the one statement that counts its events. Postgres
-# takes 32,767 values in a statement, and every metric costs each batch time.
+# Every metric of an organization, archived ones too (not record metrics), is part of the one statement that counts its
+# events. Postgres takes 32,767 values in a statement, and every metric costs each batch time.
 METRICS_MAX = 500
 WEIGHT_MAX = 30_000
+# Keys that usage records may have, and with them record metrics.
+RECORD_KEYS_MAX = 5_000
 
 
 class Aggregation(enum.Enum):
@@ -50,6 +53,7 @@ class BillableMetric:
 
     `backfilled_until` is the start of the first hour whose past events are not counted yet; None = all are counted.
     `backfill_progress` is the share of the past counted so far, for display; `backfilled_at` is when all of it was.
+    A metric with a `record_key` counts the events made from records of that key, and no other metric does.
     """
 
     id: uuid.UUID
@@ -67,6 +71,12 @@ class BillableMetric:
     backfilled_until: datetime | None = None
     backfill_progress: float | None = None
     backfilled_at: datetime | None = None
+    record_key: str | None = None
+
+    @property
+    def source(self) -> EventSource:
+        """Which events it counts."""
+        return EventSource.EVENT if self.record_key is None else EventSource.GROUP
 
     @property
     def group_properties(self) -> tuple[str, ...]:
@@ -109,6 +119,22 @@ class BillableMetric:
     def weight(self) -> int:
         """How many values its SQL carries, at most; what an organization may have of them is bounded."""
         return 24 + 8 * len(self.property_filters) + 2 * len(self.group_properties)
+
+
+# The property of an event made from a record that holds how much was used.
+QUANTITY = "quantity"
+
+
+def record_metric(key: str) -> BillableMetric:
+    """Make the record metric of a key: the sum of what is reported under it."""
+    return BillableMetric(
+        id=uuid.uuid4(),
+        name=f"Records of {key}",
+        aggregation=Aggregation.SUM,
+        aggregation_key=QUANTITY,
+        event_types=(key,),
+        record_key=key,
+    )
 
 
 def content_digest(content: Mapping[str, object]) -> bytes:

@@ -37,6 +37,16 @@ def from_double(value: float) -> str:
     return plain(Decimal(text)) if "e" in text else text
 
 
+def add(one: Decimal, other: Decimal) -> Decimal:
+    """Add exactly."""
+    return _EXACT.add(one, other)
+
+
+def subtract(one: Decimal, other: Decimal) -> Decimal:
+    """Subtract exactly."""
+    return _EXACT.subtract(one, other)
+
+
 def average(total: Decimal, count: int) -> Decimal:
     """Divide exactly and round half-even to 18 places."""
     # 18 places beyond the digits of the total are enough to know the 18th place; the remainder decides ties exactly.

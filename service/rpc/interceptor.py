@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from service.auth import Auth
+from service.auth import Auth, Caller
 from service.errors import MeteringError, Reason, ResourceExhausted, Unauthenticated, invalid
 from service.rpc.status import internal, status
 from service.rpc.streams import ClientGone, Streams
@@ -32,12 +32,17 @@ _REQUEST_BYTES_MIN = 4096
 _REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
-_organization: ContextVar[str] = ContextVar("organization")
+_caller: ContextVar[Caller] = ContextVar("caller")
 
 
 def organization() -> str:
     """Return the organization of the call being served: that of its credential, never of a header or field."""
-    return _organization.get()
+    return _caller.get().organization
+
+
+def is_admin() -> bool:
+    """Say whether the call being served comes from an administrator of its organization."""
+    return _caller.get().is_admin
 
 
 class RequestBytes:
@@ -145,7 +150,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         """Find out whose call it is and let the block serve it; what it raises is answered as a status."""
         request_id = _request_id(context)
         try:
-            _organization.set(await self._auth.organization(context.invocation_metadata() or ()))
+            _caller.set(await self._auth.caller(context.invocation_metadata() or ()))
             yield
         except ClientGone:
             raise asyncio.CancelledError from None  # what gRPC itself makes of a client that left
@@ -169,7 +174,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     async def _check_organization(self, context: Context) -> None:
         """Ask again, as often as a stream moves: a stream must not outlive its credential."""
-        if await self._auth.organization(context.invocation_metadata() or ()) != organization():
+        if (await self._auth.caller(context.invocation_metadata() or ())).organization != organization():
             raise Unauthenticated(Reason.CREDENTIAL_INVALID, "The credential is not of the same organization any more.")
 
 

@@ -67,6 +67,6 @@ def scope(method: str, request: Message) -> str:
     """Name what a token is bound to: the organization, and everything in the request but the paging itself."""
     query = type(request)()
     query.CopyFrom(request)
-    for field in {"page_token", "page_size", "resume_token"} & set(query.DESCRIPTOR.fields_by_name):
+    for field in {"page_token", "page_size", "resume_token", "skip"} & set(query.DESCRIPTOR.fields_by_name):
         query.ClearField(field)
     return f"{_FORMAT} {organization()} {method} {pages.fingerprint(query.SerializeToString(deterministic=True))}"

@@ -8,15 +8,33 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.metrics import Aggregation, BillableMetric
+from service.domain.windows import CELL
 from service.store import metric_sql
-from service.store.tables import INSTANT, usage_cells, usage_distinct_values, usage_events
+from service.store.tables import (
+    INSTANT,
+    billable_metrics,
+    texts,
+    usage_cells,
+    usage_distinct_values,
+    usage_events,
+    uuids,
+)
 
 DISTINCT_KEY = (*metric_sql.CELL_KEY, "value_digest")
 ORGANIZATION: sa.BindParameter[str] = sa.bindparam("organization", type_=usage_cells.c.organization_id.type)
+
+
+class CellKey(NamedTuple):
+    """What tells one cell of an organization from another."""
+
+    metric_id: uuid.UUID
+    customer_key: str
+    cell_start: datetime
+    group_digest: bytes
 
 
 class Mismatch(NamedTuple):
@@ -39,7 +57,8 @@ def stored_events(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
         columns.event_type,
         columns.timestamp,
         columns.properties,
-    ).where(columns.organization_id == ORGANIZATION, columns.voided_at.is_(None), columns.source == 0, *where)
+        columns.source,
+    ).where(columns.organization_id == ORGANIZATION, columns.voided_at.is_(None), *where)
 
 
 def adding(metrics: Sequence[BillableMetric], events: sa.FromClause) -> sa.Insert | None:
@@ -62,6 +81,86 @@ def adding_distinct(metrics: Sequence[BillableMetric], events: sa.FromClause) ->
         if metric.aggregation is Aggregation.UNIQUE
     ]
     return _insert_distinct(sa.select(sa.union_all(*rows).subquery())) if rows else None
+
+
+def adding_records(events: sa.FromClause) -> sa.Insert:
+    """Return the statement that adds new events, made from records, to the cells of their record metrics."""
+    return metric_sql.merge_into_cells(metric_sql.cells(metric_sql.RECORDS, of := of_records(events), _bucket(of)))
+
+
+def of_records(events: sa.FromClause) -> sa.Subquery:
+    """Join events with the record metrics whose key is their type, as `metric_id`."""
+    columns = billable_metrics.c
+    of_key = sa.and_(columns.organization_id == ORGANIZATION, columns.record_key == events.c.event_type)
+    return sa.select(*events.c, columns.id.label("metric_id")).join(billable_metrics, of_key).subquery("of_records")
+
+
+async def touched(
+    connection: AsyncConnection, organization: str, metric: BillableMetric, transaction_ids: Sequence[str]
+) -> list[CellKey]:
+    """Return the cells of a metric in which it counts, or before they were voided counted, these events."""
+    columns = usage_events.c
+    events = (
+        sa.select(usage_events)
+        .where(columns.organization_id == ORGANIZATION, columns.transaction_id == sa.any_(texts(transaction_ids)))
+        .subquery("events")
+    )
+    rows = metric_sql.cells(metric, events, _bucket(events), *_passed(metric, events)).subquery()
+    query = sa.select(*(rows.c[name] for name in metric_sql.CELL_KEY))
+    return [CellKey(*row) for row in await connection.execute(query, {"organization": organization})]
+
+
+async def lock(connection: AsyncConnection, organization: str, keys: Sequence[CellKey]) -> None:
+    """Lock cells, in the order in which writers of events do, until this transaction ends."""
+    wanted, same = _named(keys, usage_cells)
+    query = (
+        sa.select(usage_cells.c.metric_id)
+        .join(wanted, same)
+        .where(usage_cells.c.organization_id == organization)
+        .order_by(*(usage_cells.c[name] for name in metric_sql.CELL_KEY))
+        .with_for_update(of=usage_cells)
+    )
+    await connection.execute(query)
+
+
+async def recompute_cells(
+    connection: AsyncConnection, organization: str, metric: BillableMetric, keys: Sequence[CellKey]
+) -> None:
+    """Compute some cells of a metric again from the stored events. They must be locked, by a statement before.
+
+    What a writer adds to one of them later comes on top; what it added before the lock was granted is among the events.
+    """
+    bound = {"organization": organization}
+
+    def among(table: sa.Table) -> sa.ColumnElement[bool]:
+        wanted, same = _named(keys, table)
+        return sa.and_(table.c.organization_id == organization, sa.exists().select_from(wanted).where(same))
+
+    await connection.execute(sa.delete(usage_distinct_values).where(among(usage_distinct_values)))
+    await connection.execute(sa.update(usage_cells).where(among(usage_cells)).values(metric_sql.EMPTY_CELL))
+    hours = sorted({(key.customer_key, key.cell_start) for key in keys})
+    hour = (
+        sa.func.unnest(texts([one[0] for one in hours]), sa.literal([one[1] for one in hours], ARRAY(INSTANT)))
+        .table_valued("customer_key", sa.column("start", INSTANT))
+        .render_derived("hours")
+    )
+    columns = usage_events.c
+    within = (
+        columns.customer_key == hour.c.customer_key,
+        columns.timestamp >= hour.c.start,
+        columns.timestamp < hour.c.start + sa.cast(sa.literal(CELL), sa.Interval),
+    )
+    events = stored_events(*within).subquery("events")
+
+    def named(rows: sa.Select[Any]) -> sa.Select[Any]:
+        found = rows.subquery("found")
+        wanted, same = _named(keys, found)
+        return sa.select(found).join(wanted, same)
+
+    await connection.execute(metric_sql.replace_cells(named(metric_sql.cells(metric, events, _bucket(events)))), bound)
+    if metric.aggregation is Aggregation.UNIQUE:
+        values = metric_sql.distinct_values(metric, events, _bucket(events))
+        await connection.execute(_insert_distinct(named(values)), bound)
 
 
 async def recompute(
@@ -189,6 +288,18 @@ async def _distinct_mismatches(
         Mismatch(row[0], row[1], [], note=f"{row[2]} distinct values have no event, {row[3]} are missing")
         for row in rows
     ]
+
+
+def _named(keys: Sequence[CellKey], table: sa.FromClause) -> tuple[sa.TableValuedAlias, sa.ColumnElement[bool]]:
+    """Return cells' keys as a table, and the condition that a row of another table has one of them."""
+    columns = [
+        uuids([key.metric_id for key in keys]),
+        texts([key.customer_key for key in keys]),
+        sa.literal([key.cell_start for key in keys], ARRAY(INSTANT)),
+        sa.literal([key.group_digest for key in keys], ARRAY(BYTEA)),
+    ]
+    wanted = sa.func.unnest(*columns).table_valued(*metric_sql.CELL_KEY).render_derived("wanted")
+    return wanted, sa.and_(*(table.c[name] == wanted.c[name] for name in metric_sql.CELL_KEY))
 
 
 def _events_between(start: datetime, end: datetime | None) -> sa.Subquery:

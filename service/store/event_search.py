@@ -2,7 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, array
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.events import EventQuery, Explanation, MetricOutcome, StoredEvent
+from service.domain.events import EventQuery, EventSource, Explanation, MetricOutcome, StoredEvent
 from service.domain.metrics import BillableMetric
 from service.store import metric_sql
 from service.store import metrics as metric_store
-from service.store.cells import ORGANIZATION
+from service.store.cells import ORGANIZATION, of_records
 from service.store.compiled import ByCatalog, Compiled
 from service.store.organizations import catalog_version
 from service.store.tables import INSTANT, customer_keys, texts, usage_events
@@ -32,7 +33,7 @@ Key = tuple[datetime, str]
 
 
 class Explainer:
-    """An organization's metrics as one statement."""
+    """An organization's metrics as one statement; record metrics, of which at most one counts an event, as another."""
 
     def __init__(self, metrics: Sequence[BillableMetric]) -> None:
         self.metrics = metrics
@@ -46,34 +47,56 @@ class Explainer:
             columns.organization_id == ORGANIZATION, columns.transaction_id == sa.any_(_IDS)
         )
         self._statement = Compiled(statement)
+        self._record_failures = [
+            (rule.path, rule.failure) for rule in metric_sql.rules(metric_sql.RECORDS, usage_events)
+        ]
+        named = sa.select(usage_events).where(
+            columns.organization_id == ORGANIZATION, columns.transaction_id == sa.any_(_IDS)
+        )
+        records = of_records(named.subquery())
+        made: sa.Select[Any] = sa.select(
+            records.c.transaction_id, records.c.metric_id, metric_sql.outcome(metric_sql.RECORDS, records)
+        ).where(records.c.source == int(EventSource.GROUP))
+        self._of_records = Compiled(made)
 
     async def explain(
         self, connection: AsyncConnection, organization: str, ids: Sequence[str]
     ) -> dict[str, list[Explanation]]:
         """Return what each metric makes of each event, by transaction id."""
-        if not self.metrics or not ids:
+        if not ids:
             return {}
         # Read each time: a name may change while the rules, and so this statement, do not.
         names = await metric_store.metric_names(connection, organization)
         rows: Any = await self._statement.execute(connection, organization=organization, transaction_ids=list(ids))
-        return {row[0]: [self._explanation(i, outcome, names) for i, outcome in enumerate(row[1])] for row in rows}
+        found = {
+            row[0]: [
+                _explanation(self.metrics[i], self._failures[i], outcome, names[self.metrics[i].id])
+                for i, outcome in enumerate(row[1])
+            ]
+            for row in rows
+        }
+        rows = await self._of_records.execute(connection, organization=organization, transaction_ids=list(ids))
+        for transaction_id, metric_id, outcome in rows:
+            metric = replace(metric_sql.RECORDS, id=metric_id)
+            found[transaction_id].insert(0, _explanation(metric, self._record_failures, outcome, names[metric_id]))
+        return found
 
-    def _explanation(self, i: int, outcome: int, names: Mapping[uuid.UUID, str]) -> Explanation:
-        metric = self.metrics[i]
-        key = metric.aggregation_key
-        match outcome:
-            case metric_sql.COUNTED:
-                found = (MetricOutcome.COUNTED, "", "")
-            case metric_sql.PENDING:
-                found = (MetricOutcome.PENDING, "", "")
-            case metric_sql.MISSING:
-                found = (MetricOutcome.SKIPPED, "aggregation_key", f'property "{key}" is missing')
-            case metric_sql.NOT_DECIMAL:
-                message = f'property "{key}" is no plain decimal of at most 38 digits, 18 of them after the point'
-                found = (MetricOutcome.SKIPPED, "aggregation_key", message)
-            case _:
-                found = (MetricOutcome.NOT_MATCHED, *self._failures[i][outcome])
-        return Explanation(metric.id, names[metric.id], *found)
+
+def _explanation(metric: BillableMetric, failures: Sequence[tuple[str, str]], outcome: int, name: str) -> Explanation:
+    key = metric.aggregation_key
+    match outcome:
+        case metric_sql.COUNTED:
+            found = (MetricOutcome.COUNTED, "", "")
+        case metric_sql.PENDING:
+            found = (MetricOutcome.PENDING, "", "")
+        case metric_sql.MISSING:
+            found = (MetricOutcome.SKIPPED, "aggregation_key", f'property "{key}" is missing')
+        case metric_sql.NOT_DECIMAL:
+            message = f'property "{key}" is no plain decimal of at most 38 digits, 18 of them after the point'
+            found = (MetricOutcome.SKIPPED, "aggregation_key", message)
+        case _:
+            found = (MetricOutcome.NOT_MATCHED, *failures[outcome])
+    return Explanation(metric.id, name, *found)
 
 
 class Found(NamedTuple):
@@ -95,7 +118,7 @@ async def search_events(
     version = await catalog_version(connection, organization)
     explainer = explainers.find(organization, version)
     if explainer is None:
-        metrics = await metric_store.all_metrics(connection, organization)
+        metrics = await metric_store.event_metrics(connection, organization)
         # In a thread: an organization with many metrics must not keep the others' calls from the loop.
         compiled = await asyncio.to_thread(Explainer, metrics)
         explainer = explainers.keep(organization, version, len(metrics), compiled)

@@ -28,7 +28,7 @@ class IngestStatements(NamedTuple):
     """What writes a batch for one version of an organization's metrics; compiled once per version."""
 
     insert: Compiled
-    distinct: Compiled | None
+    distinct: Compiled | None = None
 
 
 class UnmatchedKey(NamedTuple):
@@ -46,20 +46,31 @@ def ingest_statements(metrics: Sequence[BillableMetric]) -> IngestStatements:
     The insert takes events in the order of their ids and cells in the order of their keys, events first: concurrent
     batches wait for each other in one direction only.
     """
-    rows = sa.select(cells.ORGANIZATION, *incoming_events.c).order_by(incoming_events.c.transaction_id)
-    new = (
-        insert(usage_events)
-        .from_select(["organization_id", *INCOMING], rows)
-        .on_conflict_do_nothing(index_elements=list(usage_events.primary_key.columns))
-        .returning(*(usage_events.c[name] for name in INCOMING if name != "digest"))
-        .cte("new_events")
-    )
+    new = _new_events()
     statement = sa.select(new.c.transaction_id)
     if (adding := cells.adding(metrics, new)) is not None:
         statement = statement.add_cte(adding.cte("added"))
     accepted = sa.select(incoming_events).where(incoming_events.c.transaction_id == sa.any_(_ACCEPTED)).subquery("new")
     distinct = cells.adding_distinct(metrics, accepted)
     return IngestStatements(Compiled(statement), None if distinct is None else Compiled(distinct))
+
+
+def record_statements() -> IngestStatements:
+    """Compile what stores events made from records and adds them to the cells of their record metrics."""
+    new = _new_events()
+    return IngestStatements(Compiled(sa.select(new.c.transaction_id).add_cte(cells.adding_records(new).cte("added"))))
+
+
+def _new_events() -> sa.CTE:
+    """Store the incoming events whose ids are new, in the order of their ids, and yield them."""
+    rows = sa.select(cells.ORGANIZATION, *incoming_events.c).order_by(incoming_events.c.transaction_id)
+    return (
+        insert(usage_events)
+        .from_select(["organization_id", *INCOMING], rows)
+        .on_conflict_do_nothing(index_elements=list(usage_events.primary_key.columns))
+        .returning(*(usage_events.c[name] for name in INCOMING if name != "digest"))
+        .cte("new_events")
+    )
 
 
 async def insert_events(
@@ -78,6 +89,32 @@ async def insert_events(
     if accepted and statements.distinct is not None:
         await statements.distinct.execute(connection, organization=organization, accepted=list(accepted))
     return accepted
+
+
+async def void_events(
+    connection: AsyncConnection, organization: str, transaction_ids: Sequence[str], metrics: Sequence[BillableMetric]
+) -> None:
+    """Take events out of the usage of the metrics, for ever; their ids stay taken.
+
+    `metrics` are all that may count them; the organization's lock must be held, shared or exclusive. Locks are taken as
+    writers take them: events, then cells in their order; what a cell holds is then computed again without the events.
+    """
+    columns = usage_events.c
+    named = (columns.organization_id == organization, columns.transaction_id == sa.any_(texts(transaction_ids)))
+    locked = sa.select(columns.transaction_id).where(*named).order_by(columns.transaction_id).with_for_update()
+    await connection.execute(locked)
+    await connection.execute(
+        sa.update(usage_events).where(*named, columns.voided_at.is_(None)).values(voided_at=sa.func.clock_timestamp())
+    )
+    keys = {
+        metric.id: found
+        for metric in metrics
+        if (found := await cells.touched(connection, organization, metric, transaction_ids))
+    }
+    await cells.lock(connection, organization, [key for found in keys.values() for key in found])
+    for metric in metrics:
+        if metric.id in keys:
+            await cells.recompute_cells(connection, organization, metric, keys[metric.id])
 
 
 async def stored_digests(

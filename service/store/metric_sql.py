@@ -1,15 +1,17 @@
 """Turns a billable metric into SQL: the one evaluator, used by ingest, backfill, cut cells and recomputation alike.
 
-Everything here takes `events`, anything with the columns transaction_id, customer_key, event_type, timestamp and
-properties: the stored events, or those that a statement has just inserted.
+Everything here takes `events`, anything with the columns transaction_id, customer_key, event_type, timestamp,
+properties and source: the stored events, or those that a statement has just inserted.
 """
 
+import uuid
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, Insert, aggregate_order_by, array, insert
 
-from service.domain.metrics import Aggregation, BillableMetric
+from service.domain.events import EventSource
+from service.domain.metrics import QUANTITY, Aggregation, BillableMetric
 from service.domain.windows import CELL
 from service.store.tables import INSTANT, NUMERIC, texts, usage_cells
 
@@ -22,6 +24,9 @@ EMPTY_CELL: dict[str, Any] = {
     "skipped": 0,
     "updated_at": sa.func.clock_timestamp(),
 }
+# What all record metrics have in common: of which of them an event is, its type says (see `cells.of_records`).
+RECORDS = BillableMetric(uuid.UUID(int=0), "", Aggregation.SUM, aggregation_key=QUANTITY, record_key="")
+
 CELL_KEY = ("metric_id", "customer_key", "cell_start", "group_digest")
 
 # A plain decimal: what `domain.quantities` prints, and what can be summed. Nothing else is ever cast to numeric.
@@ -57,7 +62,9 @@ def rules(metric: BillableMetric, events: sa.FromClause) -> list[Rule]:
     canonical form; JSON null and an absent property are both NULL.
     """
     columns: Columns = events.c
-    found: list[Rule] = []
+    made = "not made" if metric.source is EventSource.GROUP else "made"
+    source = columns.source == sa.literal_column(str(int(metric.source)))
+    found = [Rule("record_key", f"event was {made} from a usage record group", source)]
     if metric.event_types:
         allowed = columns.event_type == sa.any_(texts(metric.event_types))
         found.append(Rule("event_type_filter.in_values", "event_type is none of the values allowed", allowed))
@@ -116,8 +123,9 @@ def cells(
 ) -> sa.Select[Any]:
     """Aggregate the events that match the metric (and `where`) into cells.
 
-    `bucket` is what tells one cell of time from another. Yields metric_id, customer_key, cell_start (the bucket),
-    group_digest, group_values and the MEASURES; one row per customer key, bucket and values of the group properties.
+    Of RECORDS, the metric is what the column `metric_id` of `events` says. `bucket` is what tells one cell of time from
+    another. Yields metric_id, customer_key, cell_start (the bucket), group_digest, group_values and the MEASURES; one
+    row per customer key, bucket and values of the group properties.
     """
     matched = _matched(metric, events, bucket, *where)
     columns: Columns = matched.c
@@ -151,14 +159,15 @@ def cells(
                 ("latest_value", value),
             ):
                 measures[name] = latest(column, columns.timestamp, columns.transaction_id, value.is_not(None))
+    of_metric = [columns.metric_id] if metric is RECORDS else []
     return sa.select(
-        sa.literal(metric.id, sa.Uuid).label("metric_id"),
+        *(of_metric or [sa.literal(metric.id, sa.Uuid).label("metric_id")]),
         columns.customer_key,
         columns.cell_start,
         _group_digest(metric, columns.group_values).label("group_digest"),
         columns.group_values,
         *(expression.label(name) for name, expression in measures.items()),
-    ).group_by(columns.customer_key, columns.cell_start, columns.group_values)
+    ).group_by(*of_metric, columns.customer_key, columns.cell_start, columns.group_values)
 
 
 def distinct_values(
@@ -256,6 +265,7 @@ def _matched(
         columns.timestamp,
         bucket.label("cell_start"),
         _group_values(metric, columns).label("group_values"),
+        *([columns.metric_id] if metric is RECORDS else []),
     ]
     if metric.aggregation_key is not None:
         value = _property(columns, metric.aggregation_key)

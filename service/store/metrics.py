@@ -1,7 +1,7 @@
 """Every statement about billable metrics and the counting of their past."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -9,11 +9,19 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.metrics import METRICS_MAX, WEIGHT_MAX, Aggregation, BillableMetric, PropertyFilter
+from service.domain.metrics import (
+    METRICS_MAX,
+    RECORD_KEYS_MAX,
+    WEIGHT_MAX,
+    Aggregation,
+    BillableMetric,
+    PropertyFilter,
+    record_metric,
+)
 from service.domain.windows import CELL, cell_floor
-from service.errors import AlreadyExists, NotFound, Reason, invalid
+from service.errors import AlreadyExists, FailedPrecondition, NotFound, Reason, invalid
 from service.store import cells, events, organizations
-from service.store.tables import billable_metrics, usage_events
+from service.store.tables import billable_metrics, texts, usage_events
 
 # The end of a chunk is chosen so that about this many events are counted again while writers wait.
 BACKFILL_EVENTS = 20_000
@@ -22,11 +30,12 @@ BACKFILL_EVENTS = 20_000
 async def create_metric(connection: AsyncConnection, organization: str, metric: BillableMetric) -> BillableMetric:
     """Store a metric, or return the stored one when it was created with the same content.
 
-    If the organization has events, the metric's past is left to `backfill_chunk`. Raises AlreadyExists when the id was
+    If the organization has events, the metric's past is left to `backfill_chunk`. A metric with a key comes with the
+    key's record metric. Raises AlreadyExists when the id was
     created with other content or the key is taken.
     """
     await organizations.lock_exclusive(connection, organization)
-    others = [one for one in await all_metrics(connection, organization) if one.id != metric.id]
+    others = [one for one in await event_metrics(connection, organization) if one.id != metric.id]
     if len(others) >= METRICS_MAX or sum(one.weight for one in (*others, metric)) > WEIGHT_MAX:
         message = (
             f"would be one metric too many: an organization can have {METRICS_MAX}, archived ones included, "
@@ -54,6 +63,7 @@ async def create_metric(connection: AsyncConnection, organization: str, metric: 
     )
     if (await connection.execute(statement)).first() is not None:
         await organizations.bump_catalog_version(connection, organization)
+        await ensure_record_metrics(connection, organization, [metric.key] if metric.key else [])
         return await get_metric(connection, organization, metric.id)
     query = sa.select(billable_metrics.c.create_digest).where(*_one(organization, metric.id))
     digest = (await connection.execute(query)).scalar_one_or_none()
@@ -119,8 +129,61 @@ async def metric_names(connection: AsyncConnection, organization: str) -> dict[u
 
 
 async def all_metrics(connection: AsyncConnection, organization: str) -> list[BillableMetric]:
-    """Return every metric, archived ones included: those that writers count events by."""
+    """Return every metric, archived ones and record metrics included."""
     return await _metrics(connection, organization)
+
+
+async def event_metrics(connection: AsyncConnection, organization: str) -> list[BillableMetric]:
+    """Return every metric that counts events sent as such, archived ones included."""
+    return await _metrics(connection, organization, billable_metrics.c.record_key.is_(None))
+
+
+async def record_metrics(
+    connection: AsyncConnection, organization: str, keys: Collection[str]
+) -> dict[str, BillableMetric]:
+    """Return the record metrics of those of the keys that have one, by key."""
+    found = await _metrics(connection, organization, billable_metrics.c.record_key == sa.any_(texts(list(keys))))
+    return {str(metric.record_key): metric for metric in found}
+
+
+async def metrics_by_key(
+    connection: AsyncConnection, organization: str, keys: Collection[str]
+) -> dict[str, BillableMetric]:
+    """Return the metrics that records name by these keys, archived ones included, by key."""
+    found = await _metrics(connection, organization, billable_metrics.c.key == sa.any_(texts(list(keys))))
+    return {str(metric.key): metric for metric in found}
+
+
+async def ensure_record_metrics(connection: AsyncConnection, organization: str, keys: Collection[str]) -> None:
+    """Make the record metrics of those of the keys that have none.
+
+    They need no lock and no new version of the catalog: no event can have been made from records of such a key yet, and
+    the statements of writers hold no record metrics. Raises InvalidArgument when the organization has too many.
+    """
+    if not keys:
+        return
+    known = await record_metrics(connection, organization, keys)
+    rows = [
+        {
+            "organization_id": organization,
+            "id": metric.id,
+            "name": metric.name,
+            "record_key": metric.record_key,
+            "definition": metric.definition(),
+            "create_digest": metric.digest(),
+            "created_at": sa.func.clock_timestamp(),
+        }
+        # In order: two transactions that make the same ones wait for each other in one direction only.
+        for metric in map(record_metric, sorted(set(keys) - set(known)))
+    ]
+    if not rows:
+        return
+    columns = billable_metrics.c
+    stored = sa.select(sa.func.count()).where(columns.organization_id == organization, columns.record_key.is_not(None))
+    if (await connection.execute(stored)).scalar_one() + len(rows) > RECORD_KEYS_MAX:
+        message = f"would be too many keys of usage records: an organization can have {RECORD_KEYS_MAX:,}"
+        raise invalid("key", Reason.LIMIT_EXCEEDED, message)
+    await connection.execute(insert(billable_metrics).values(rows).on_conflict_do_nothing())
 
 
 async def rename_metric(
@@ -135,8 +198,12 @@ async def archive_metric(connection: AsyncConnection, organization: str, metric_
     """Archive a metric now, keeping the time of the first archiving; raises NotFound.
 
     Events stored already with a timestamp after the archive time (they may come a day ahead) are taken out again.
+    Raises FailedPrecondition for a record metric: what is reported must count.
     """
     await organizations.lock_exclusive(connection, organization)
+    if (await get_metric(connection, organization, metric_id)).record_key is not None:
+        message = f"Billable metric {metric_id} sums what records report under its key, and cannot be archived."
+        raise FailedPrecondition(Reason.RECORD_METRIC, message, metadata={"id": str(metric_id)})
     statement = (
         sa.update(billable_metrics)
         .where(*_one(organization, metric_id), billable_metrics.c.archived_at.is_(None))
@@ -246,6 +313,7 @@ def _metric(row: "sa.Row[Any]") -> BillableMetric:
         backfilled_until=row.backfilled_until,
         backfilled_at=row.backfilled_at,
         backfill_progress=_progress(row.backfilled_until, row.backfill_from, row.backfill_to),
+        record_key=row.record_key,
     )
 
 

@@ -26,6 +26,7 @@ class ApiKey(NamedTuple):
     secret_hash: bytes
     created_at: datetime
     revoked_at: datetime | None
+    is_admin: bool
 
 
 class PageTokenKey(NamedTuple):
@@ -77,12 +78,17 @@ async def list_organizations(connection: AsyncConnection) -> list[str]:
 
 
 async def create_api_key(
-    connection: AsyncConnection, organization: str, key_id: str, name: str, secret_hash: bytes
+    connection: AsyncConnection,
+    organization: str,
+    key_id: str,
+    name: str,
+    secret_hash: bytes,
+    *,
+    is_admin: bool = True,
 ) -> None:
     """Store a credential; raises IntegrityError when the organization does not exist."""
-    await connection.execute(
-        sa.insert(api_keys).values(id=key_id, organization_id=organization, name=name, secret_hash=secret_hash)
-    )
+    row = {"id": key_id, "organization_id": organization, "name": name, "secret_hash": secret_hash}
+    await connection.execute(sa.insert(api_keys).values(**row, is_admin=is_admin))
 
 
 async def find_api_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
@@ -145,4 +151,5 @@ _API_KEYS = sa.select(
     api_keys.c.secret_hash,
     api_keys.c.created_at,
     api_keys.c.revoked_at,
+    api_keys.c.is_admin,
 )

@@ -39,6 +39,8 @@ organizations = sa.Table(
     METADATA,
     sa.Column("id", KEY, primary_key=True),
     sa.Column("catalog_version", sa.BigInteger, nullable=False, server_default=sa.text("1")),
+    # The last serial id given to a usage record group. Moving it orders the organization's reports by their commits.
+    sa.Column("last_group_serial", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.Column("created_at", INSTANT, nullable=False, server_default=sa.func.now()),
 )
 
@@ -50,6 +52,8 @@ api_keys = sa.Table(
     sa.Column("organization_id", KEY, sa.ForeignKey("organizations.id"), nullable=False, index=True),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("secret_hash", BYTEA, nullable=False),
+    # Whether its callers are administrators of the organization.
+    sa.Column("is_admin", sa.Boolean, nullable=False, server_default=sa.true()),
     sa.Column("created_at", INSTANT, nullable=False, server_default=sa.func.now()),
     sa.Column("revoked_at", INSTANT),
 )
@@ -127,7 +131,10 @@ billable_metrics = sa.Table(
     sa.Column("backfill_to", INSTANT),
     # When the backfill ended, and its usage could first be read: all of it changed then.
     sa.Column("backfilled_at", INSTANT),
+    # Set = the record metric of this key: there is one for every key that records may have.
+    sa.Column("record_key", KEY),
     sa.UniqueConstraint("organization_id", "key"),
+    sa.UniqueConstraint("organization_id", "record_key"),
 )
 
 # The truth. Everything else about usage can be computed again from here.
@@ -189,6 +196,181 @@ usage_distinct_values = sa.Table(
     sa.Column("value_digest", BYTEA, primary_key=True),
 )
 
+# What is sold on the marketplaces; dimensions are a list of {"key", "name"}.
+products = sa.Table(
+    "products",
+    METADATA,
+    _organization(references=True),
+    sa.Column("id", KEY, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("partner", sa.Text, nullable=False),
+    sa.Column("dimensions", JSONB, nullable=False),
+    sa.Column("create_digest", BYTEA, nullable=False),
+    sa.Column("created_at", INSTANT, nullable=False, server_default=sa.func.now()),
+    sa.Column("updated_at", INSTANT, nullable=False, server_default=sa.func.now()),
+)
+
+# Who bought what. The partner is the product's, here too because groups are listed by it.
+entitlements = sa.Table(
+    "entitlements",
+    METADATA,
+    _organization(references=True),
+    sa.Column("id", KEY, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("product_id", KEY, nullable=False),
+    sa.Column("customer_id", sa.Uuid, nullable=False),
+    sa.Column("partner", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    # Every state with the time it began, oldest first: [["ACTIVE", "2026-01-31T00:00:00+00:00"], ...]
+    sa.Column("status_changes", JSONB, nullable=False),
+    sa.Column("starting_on", INSTANT, nullable=False),
+    sa.Column("ending_before", INSTANT),
+    sa.Column("dimensions", JSONB, nullable=False),
+    sa.Column("billable_metric_keys", ARRAY(sa.Text), nullable=False),
+    sa.Column("create_digest", BYTEA, nullable=False),
+    sa.Column("created_at", INSTANT, nullable=False, server_default=sa.func.now()),
+    sa.Column("updated_at", INSTANT, nullable=False, server_default=sa.func.now()),
+    sa.ForeignKeyConstraint(["organization_id", "product_id"], ["products.organization_id", "products.id"]),
+    sa.ForeignKeyConstraint(["organization_id", "customer_id"], ["customers.organization_id", "customers.id"]),
+)
+
+# What was used and not reported, because a partner takes whole numbers: the sum over reports that did not fail of what
+# went into them minus what they said.
+entitlement_carries = sa.Table(
+    "entitlement_carries",
+    METADATA,
+    _organization(),
+    sa.Column("entitlement_id", KEY, primary_key=True),
+    sa.Column("key", KEY, primary_key=True),
+    sa.Column("carried", NUMERIC, nullable=False),
+    sa.ForeignKeyConstraint(["organization_id", "entitlement_id"], ["entitlements.organization_id", "entitlements.id"]),
+)
+
+_BY_TIME = ("created_at", "serial_id")
+
+# Groups as reported. `status` follows from the states of the group's records; it is kept since groups are listed by it.
+usage_record_groups = sa.Table(
+    "usage_record_groups",
+    METADATA,
+    _organization(references=True),
+    # The primary key is the idempotency promise: one group per id, for ever.
+    sa.Column("id", KEY, primary_key=True),
+    sa.Column("serial_id", sa.BigInteger, nullable=False),
+    sa.Column("partner", sa.Text, nullable=False),
+    sa.Column("product_id", KEY, nullable=False),
+    sa.Column("entitlement_id", KEY, nullable=False),
+    sa.Column("customer_id", sa.Uuid, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    # When the usage was.
+    sa.Column("timestamp", INSTANT, nullable=False),
+    sa.Column("meta_info", JSONB, nullable=False),
+    sa.Column("digest", BYTEA, nullable=False),
+    sa.Column("report_id", sa.Uuid),
+    sa.Column("invalid_reasons", JSONB),
+    sa.Column("created_at", INSTANT, nullable=False),
+    sa.Column("updated_at", INSTANT, nullable=False),
+    sa.Column("reported_at", INSTANT),
+    sa.ForeignKeyConstraint(["organization_id", "entitlement_id"], ["entitlements.organization_id", "entitlements.id"]),
+    # Each filter of the list, newest first.
+    sa.Index("usage_record_groups_by_time_idx", "organization_id", *_BY_TIME),
+    *(
+        sa.Index(f"usage_record_groups_by_{column}_idx", "organization_id", column, *_BY_TIME)
+        for column in ("partner", "product_id", "entitlement_id", "customer_id", "status", "source")
+    ),
+    sa.Index(
+        "usage_record_groups_by_meta_info_idx",
+        "meta_info",
+        postgresql_using="gin",
+        postgresql_ops={"meta_info": "jsonb_path_ops"},
+    ),
+)
+
+# The records of groups, each with the state of its way to the marketplace.
+usage_records = sa.Table(
+    "usage_records",
+    METADATA,
+    _organization(),
+    sa.Column("group_id", KEY, primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column("entitlement_id", KEY, nullable=False),
+    # The dimension, or the billable metric, that it counts for.
+    sa.Column("key", KEY, nullable=False),
+    sa.Column("quantity", NUMERIC, nullable=False),
+    sa.Column("properties", JSONB),
+    sa.Column("timestamp", INSTANT, nullable=False),
+    # The group's status is the first in order among the states of its records (`domain.record_groups.STATUS_ORDER`).
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("report_id", sa.Uuid),
+    sa.Column("failure", sa.Text),
+    sa.ForeignKeyConstraint(
+        ["organization_id", "group_id"], ["usage_record_groups.organization_id", "usage_record_groups.id"]
+    ),
+    # What waits for the next report of an entitlement.
+    sa.Index(
+        "usage_records_waiting_idx",
+        "organization_id",
+        "entitlement_id",
+        "timestamp",
+        postgresql_where=sa.text("state = 'CREATED'"),
+    ),
+    # What is in a report.
+    sa.Index(None, "organization_id", "report_id"),
+)
+
+# One entitlement's hour, as its marketplace is told. What it says never changes; its delivery does.
+usage_record_reports = sa.Table(
+    "usage_record_reports",
+    METADATA,
+    _organization(references=True),
+    sa.Column("id", sa.Uuid, primary_key=True),
+    sa.Column("partner", sa.Text, nullable=False),
+    sa.Column("product_id", KEY, nullable=False),
+    sa.Column("entitlement_id", KEY, nullable=False),
+    sa.Column("customer_id", sa.Uuid, nullable=False),
+    sa.Column("marketplace_time", INSTANT, nullable=False),
+    sa.Column("report_deadline", INSTANT, nullable=False),
+    sa.Column("group_count", sa.BigInteger, nullable=False),
+    sa.Column("created_at", INSTANT, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("completed_at", INSTANT),
+    sa.Column("lease_token", sa.Text),
+    sa.Column("lease_deadline", INSTANT),
+    sa.Column("lease_count", sa.Integer, nullable=False, server_default=sa.text("0")),
+    sa.ForeignKeyConstraint(["organization_id", "entitlement_id"], ["entitlements.organization_id", "entitlements.id"]),
+    # Marketplaces refuse a second quantity for one time.
+    sa.UniqueConstraint("organization_id", "entitlement_id", "marketplace_time"),
+    sa.Index("usage_record_reports_by_time_idx", "organization_id", "marketplace_time", "id"),
+    # What may be leased, the most urgent first.
+    sa.Index(
+        "usage_record_reports_pending_idx",
+        "organization_id",
+        "report_deadline",
+        "id",
+        postgresql_where=sa.text("status = 'PENDING'"),
+    ),
+    sa.Index("usage_record_reports_by_lease_idx", "organization_id", "lease_token"),
+)
+
+# What a report says of one dimension.
+usage_record_report_lines = sa.Table(
+    "usage_record_report_lines",
+    METADATA,
+    _organization(),
+    sa.Column("report_id", sa.Uuid, primary_key=True),
+    sa.Column("key", KEY, primary_key=True),
+    sa.Column("quantity", NUMERIC, nullable=False),
+    sa.Column("used", NUMERIC, nullable=False),
+    sa.Column("carried_before", NUMERIC, nullable=False),
+    sa.Column("record_count", sa.BigInteger, nullable=False),
+    # REPORTED or FAILED, once it is known.
+    sa.Column("outcome", sa.Text),
+    sa.Column("message", sa.Text, nullable=False, server_default=""),
+    sa.ForeignKeyConstraint(
+        ["organization_id", "report_id"], ["usage_record_reports.organization_id", "usage_record_reports.id"]
+    ),
+)
+
 # A batch on its way in: one temporary table per connection, emptied by every commit. Not part of the schema proper.
 incoming_events = sa.Table(
     "incoming_events",
@@ -199,6 +381,7 @@ incoming_events = sa.Table(
     sa.Column("timestamp", INSTANT, nullable=False),
     sa.Column("properties", JSONB, nullable=False),
     sa.Column("digest", BYTEA, nullable=False),
+    sa.Column("source", sa.SmallInteger, nullable=False, server_default=sa.text("0")),
     prefixes=["TEMPORARY"],
     postgresql_on_commit="DELETE ROWS",
 )

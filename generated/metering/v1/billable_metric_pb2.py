@@ -26,7 +26,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!metering/v1/billable_metric.proto\x12\x0bmetering.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb7\x04\n\x0e\x42illableMetric\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x36\n\x10\x61ggregation_type\x18\x04 \x01(\x0e\x32\x1c.metering.v1.AggregationType\x12\x17\n\x0f\x61ggregation_key\x18\x05 \x01(\t\x12\x37\n\x11\x65vent_type_filter\x18\x06 \x01(\x0b\x32\x1c.metering.v1.EventTypeFilter\x12\x35\n\x10property_filters\x18\x07 \x03(\x0b\x32\x1b.metering.v1.PropertyFilter\x12)\n\ngroup_keys\x18\x08 \x03(\x0b\x32\x15.metering.v1.GroupKey\x12\x44\n\rcustom_fields\x18\t \x03(\x0b\x32-.metering.v1.BillableMetric.CustomFieldsEntry\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x61rchive_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x11\x62\x61\x63kfill_progress\x18\x0c \x01(\x01H\x00\x88\x01\x01\x1a\x33\n\x11\x43ustomFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x14\n\x12_backfill_progress\";\n\x0f\x45ventTypeFilter\x12\x11\n\tin_values\x18\x01 \x03(\t\x12\x15\n\rnot_in_values\x18\x02 \x03(\t\"h\n\x0ePropertyFilter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06\x65xists\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x11\n\tin_values\x18\x03 \x03(\t\x12\x15\n\rnot_in_values\x18\x04 \x03(\tB\t\n\x07_exists\"\x1e\n\x08GroupKey\x12\x12\n\nproperties\x18\x01 \x03(\t\"S\n\x1b\x43reateBillableMetricRequest\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\"T\n\x1c\x43reateBillableMetricResponse\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\"&\n\x18GetBillableMetricRequest\x12\n\n\x02id\x18\x01 \x01(\t\"Q\n\x19GetBillableMetricResponse\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\"]\n\x1aListBillableMetricsRequest\x12\x18\n\x10include_archived\x18\x01 \x01(\x08\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"m\n\x1bListBillableMetricsResponse\x12\x35\n\x10\x62illable_metrics\x18\x01 \x03(\x0b\x32\x1b.metering.v1.BillableMetric\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x84\x01\n\x1bUpdateBillableMetricRequest\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"T\n\x1cUpdateBillableMetricResponse\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\"*\n\x1c\x41rchiveBillableMetricRequest\x12\n\n\x02id\x18\x01 \x01(\t\"U\n\x1d\x41rchiveBillableMetricResponse\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric*\xf1\x01\n\x0f\x41ggregationType\x12 \n\x1c\x41GGREGATION_TYPE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41GGREGATION_TYPE_COUNT\x10\x01\x12\x18\n\x14\x41GGREGATION_TYPE_SUM\x10\x02\x12\x18\n\x14\x41GGREGATION_TYPE_MIN\x10\x03\x12\x18\n\x14\x41GGREGATION_TYPE_MAX\x10\x04\x12\x18\n\x14\x41GGREGATION_TYPE_AVG\x10\x05\x12\x1b\n\x17\x41GGREGATION_TYPE_LATEST\x10\x06\x12\x1b\n\x17\x41GGREGATION_TYPE_UNIQUE\x10\x07\x32\xaf\x04\n\x15\x42illableMetricService\x12k\n\x14\x43reateBillableMetric\x12(.metering.v1.CreateBillableMetricRequest\x1a).metering.v1.CreateBillableMetricResponse\x12\x62\n\x11GetBillableMetric\x12%.metering.v1.GetBillableMetricRequest\x1a&.metering.v1.GetBillableMetricResponse\x12h\n\x13ListBillableMetrics\x12\'.metering.v1.ListBillableMetricsRequest\x1a(.metering.v1.ListBillableMetricsResponse\x12k\n\x14UpdateBillableMetric\x12(.metering.v1.UpdateBillableMetricRequest\x1a).metering.v1.UpdateBillableMetricResponse\x12n\n\x15\x41rchiveBillableMetric\x12).metering.v1.ArchiveBillableMetricRequest\x1a*.metering.v1.ArchiveBillableMetricResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!metering/v1/billable_metric.proto\x12\x0bmetering.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcb\x04\n\x0e\x42illableMetric\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x36\n\x10\x61ggregation_type\x18\x04 \x01(\x0e\x32\x1c.metering.v1.AggregationType\x12\x17\n\x0f\x61ggregation_key\x18\x05 \x01(\t\x12\x37\n\x11\x65vent_type_filter\x18\x06 \x01(\x0b\x32\x1c.metering.v1.EventTypeFilter\x12\x35\n\x10property_filters\x18\x07 \x03(\x0b\x32\x1b.metering.v1.PropertyFilter\x12)\n\ngroup_keys\x18\x08 \x03(\x0b\x32\x15.metering.v1.GroupKey\x12\x44\n\rcustom_fields\x18\t \x03(\x0b\x32-.metering.v1.BillableMetric.CustomFieldsEntry\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x61rchive_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x11\x62\x61\x63kfill_progress\x18\x0c \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nrecord_key\x18\r \x01(\t\x1a\x33\n\x11\x43ustomFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x14\n\x12_backfill_progress\";\n\x0f\x45ventTypeFilter\x12\x11\n\tin_values\x18\x01 \x03(\t\x12\x15\n\rnot_in_values\x18\x02 \x03(\t\"h\n\x0ePropertyFilter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06\x65xists\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x11\n\tin_values\x18\x03 \x03(\t\x12\x15\n\rnot_in_values\x18\x04 \x03(\tB\t\n\x07_exists\"\x1e\n\x08GroupKey\x12\x12\n\nproperties\x18\x01 \x03(\t\"S\n\x1b\x43reateBillableMetricRequest\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\"T\n\x1c\x43reateBillableMetricResponse\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\"&\n\x18GetBillableMetricRequest\x12\n\n\x02id\x18\x01 \x01(\t\"Q\n\x19GetBillableMetricResponse\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\"]\n\x1aListBillableMetricsRequest\x12\x18\n\x10include_archived\x18\x01 \x01(\x08\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"m\n\x1bListBillableMetricsResponse\x12\x35\n\x10\x62illable_metrics\x18\x01 \x03(\x0b\x32\x1b.metering.v1.BillableMetric\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x84\x01\n\x1bUpdateBillableMetricRequest\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"T\n\x1cUpdateBillableMetricResponse\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric\"*\n\x1c\x41rchiveBillableMetricRequest\x12\n\n\x02id\x18\x01 \x01(\t\"U\n\x1d\x41rchiveBillableMetricResponse\x12\x34\n\x0f\x62illable_metric\x18\x01 \x01(\x0b\x32\x1b.metering.v1.BillableMetric*\xf1\x01\n\x0f\x41ggregationType\x12 \n\x1c\x41GGREGATION_TYPE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41GGREGATION_TYPE_COUNT\x10\x01\x12\x18\n\x14\x41GGREGATION_TYPE_SUM\x10\x02\x12\x18\n\x14\x41GGREGATION_TYPE_MIN\x10\x03\x12\x18\n\x14\x41GGREGATION_TYPE_MAX\x10\x04\x12\x18\n\x14\x41GGREGATION_TYPE_AVG\x10\x05\x12\x1b\n\x17\x41GGREGATION_TYPE_LATEST\x10\x06\x12\x1b\n\x17\x41GGREGATION_TYPE_UNIQUE\x10\x07\x32\xaf\x04\n\x15\x42illableMetricService\x12k\n\x14\x43reateBillableMetric\x12(.metering.v1.CreateBillableMetricRequest\x1a).metering.v1.CreateBillableMetricResponse\x12\x62\n\x11GetBillableMetric\x12%.metering.v1.GetBillableMetricRequest\x1a&.metering.v1.GetBillableMetricResponse\x12h\n\x13ListBillableMetrics\x12\'.metering.v1.ListBillableMetricsRequest\x1a(.metering.v1.ListBillableMetricsResponse\x12k\n\x14UpdateBillableMetric\x12(.metering.v1.UpdateBillableMetricRequest\x1a).metering.v1.UpdateBillableMetricResponse\x12n\n\x15\x41rchiveBillableMetric\x12).metering.v1.ArchiveBillableMetricRequest\x1a*.metering.v1.ArchiveBillableMetricResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,38 +35,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_BILLABLEMETRIC_CUSTOMFIELDSENTRY']._loaded_options = None
   _globals['_BILLABLEMETRIC_CUSTOMFIELDSENTRY']._serialized_options = b'8\001'
-  _globals['_AGGREGATIONTYPE']._serialized_start=1739
-  _globals['_AGGREGATIONTYPE']._serialized_end=1980
+  _globals['_AGGREGATIONTYPE']._serialized_start=1759
+  _globals['_AGGREGATIONTYPE']._serialized_end=2000
   _globals['_BILLABLEMETRIC']._serialized_start=118
-  _globals['_BILLABLEMETRIC']._serialized_end=685
-  _globals['_BILLABLEMETRIC_CUSTOMFIELDSENTRY']._serialized_start=612
-  _globals['_BILLABLEMETRIC_CUSTOMFIELDSENTRY']._serialized_end=663
-  _globals['_EVENTTYPEFILTER']._serialized_start=687
-  _globals['_EVENTTYPEFILTER']._serialized_end=746
-  _globals['_PROPERTYFILTER']._serialized_start=748
-  _globals['_PROPERTYFILTER']._serialized_end=852
-  _globals['_GROUPKEY']._serialized_start=854
-  _globals['_GROUPKEY']._serialized_end=884
-  _globals['_CREATEBILLABLEMETRICREQUEST']._serialized_start=886
-  _globals['_CREATEBILLABLEMETRICREQUEST']._serialized_end=969
-  _globals['_CREATEBILLABLEMETRICRESPONSE']._serialized_start=971
-  _globals['_CREATEBILLABLEMETRICRESPONSE']._serialized_end=1055
-  _globals['_GETBILLABLEMETRICREQUEST']._serialized_start=1057
-  _globals['_GETBILLABLEMETRICREQUEST']._serialized_end=1095
-  _globals['_GETBILLABLEMETRICRESPONSE']._serialized_start=1097
-  _globals['_GETBILLABLEMETRICRESPONSE']._serialized_end=1178
-  _globals['_LISTBILLABLEMETRICSREQUEST']._serialized_start=1180
-  _globals['_LISTBILLABLEMETRICSREQUEST']._serialized_end=1273
-  _globals['_LISTBILLABLEMETRICSRESPONSE']._serialized_start=1275
-  _globals['_LISTBILLABLEMETRICSRESPONSE']._serialized_end=1384
-  _globals['_UPDATEBILLABLEMETRICREQUEST']._serialized_start=1387
-  _globals['_UPDATEBILLABLEMETRICREQUEST']._serialized_end=1519
-  _globals['_UPDATEBILLABLEMETRICRESPONSE']._serialized_start=1521
-  _globals['_UPDATEBILLABLEMETRICRESPONSE']._serialized_end=1605
-  _globals['_ARCHIVEBILLABLEMETRICREQUEST']._serialized_start=1607
-  _globals['_ARCHIVEBILLABLEMETRICREQUEST']._serialized_end=1649
-  _globals['_ARCHIVEBILLABLEMETRICRESPONSE']._serialized_start=1651
-  _globals['_ARCHIVEBILLABLEMETRICRESPONSE']._serialized_end=1736
-  _globals['_BILLABLEMETRICSERVICE']._serialized_start=1983
-  _globals['_BILLABLEMETRICSERVICE']._serialized_end=2542
+  _globals['_BILLABLEMETRIC']._serialized_end=705
+  _globals['_BILLABLEMETRIC_CUSTOMFIELDSENTRY']._serialized_start=632
+  _globals['_BILLABLEMETRIC_CUSTOMFIELDSENTRY']._serialized_end=683
+  _globals['_EVENTTYPEFILTER']._serialized_start=707
+  _globals['_EVENTTYPEFILTER']._serialized_end=766
+  _globals['_PROPERTYFILTER']._serialized_start=768
+  _globals['_PROPERTYFILTER']._serialized_end=872
+  _globals['_GROUPKEY']._serialized_start=874
+  _globals['_GROUPKEY']._serialized_end=904
+  _globals['_CREATEBILLABLEMETRICREQUEST']._serialized_start=906
+  _globals['_CREATEBILLABLEMETRICREQUEST']._serialized_end=989
+  _globals['_CREATEBILLABLEMETRICRESPONSE']._serialized_start=991
+  _globals['_CREATEBILLABLEMETRICRESPONSE']._serialized_end=1075
+  _globals['_GETBILLABLEMETRICREQUEST']._serialized_start=1077
+  _globals['_GETBILLABLEMETRICREQUEST']._serialized_end=1115
+  _globals['_GETBILLABLEMETRICRESPONSE']._serialized_start=1117
+  _globals['_GETBILLABLEMETRICRESPONSE']._serialized_end=1198
+  _globals['_LISTBILLABLEMETRICSREQUEST']._serialized_start=1200
+  _globals['_LISTBILLABLEMETRICSREQUEST']._serialized_end=1293
+  _globals['_LISTBILLABLEMETRICSRESPONSE']._serialized_start=1295
+  _globals['_LISTBILLABLEMETRICSRESPONSE']._serialized_end=1404
+  _globals['_UPDATEBILLABLEMETRICREQUEST']._serialized_start=1407
+  _globals['_UPDATEBILLABLEMETRICREQUEST']._serialized_end=1539
+  _globals['_UPDATEBILLABLEMETRICRESPONSE']._serialized_start=1541
+  _globals['_UPDATEBILLABLEMETRICRESPONSE']._serialized_end=1625
+  _globals['_ARCHIVEBILLABLEMETRICREQUEST']._serialized_start=1627
+  _globals['_ARCHIVEBILLABLEMETRICREQUEST']._serialized_end=1669
+  _globals['_ARCHIVEBILLABLEMETRICRESPONSE']._serialized_start=1671
+  _globals['_ARCHIVEBILLABLEMETRICRESPONSE']._serialized_end=1756
+  _globals['_BILLABLEMETRICSERVICE']._serialized_start=2003
+  _globals['_BILLABLEMETRICSERVICE']._serialized_end=2562
 # @@protoc_insertion_point(module_scope)

@@ -105,6 +105,7 @@ class BillableMetric(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     ARCHIVE_TIME_FIELD_NUMBER: _builtins.int
     BACKFILL_PROGRESS_FIELD_NUMBER: _builtins.int
+    RECORD_KEY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """A UUID. Chosen by the caller at creation to make the call safe to retry, else made by the server."""
     name: _builtins.str
@@ -119,6 +120,11 @@ class BillableMetric(_message.Message):
     """The property that is aggregated. Required, except for COUNT, where it must be empty. 1..128 characters."""
     backfill_progress: _builtins.float
     """Share of the past already counted, [0, 1); unset once all of it is. Output only. For display, not a quantity."""
+    record_key: _builtins.str
+    """If not empty, this is the record metric of a key, made by the server together with the dimension or the metric that has the
+    key: it sums the quantities that usage record groups report under it (events made of groups, see StoredEvent), and no other metric
+    counts those. It cannot be archived, and does not count against the number of metrics. Output only.
+    """
     @_builtins.property
     def event_type_filter(self) -> Global___EventTypeFilter:
         """Which event types count. Absent = all."""
@@ -158,10 +164,11 @@ class BillableMetric(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         archive_time: _timestamp_pb2.Timestamp | None = ...,
         backfill_progress: _builtins.float | None = ...,
+        record_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_backfill_progress", b"_backfill_progress", "archive_time", b"archive_time", "backfill_progress", b"backfill_progress", "create_time", b"create_time", "event_type_filter", b"event_type_filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_backfill_progress", b"_backfill_progress", "aggregation_key", b"aggregation_key", "aggregation_type", b"aggregation_type", "archive_time", b"archive_time", "backfill_progress", b"backfill_progress", "create_time", b"create_time", "custom_fields", b"custom_fields", "event_type_filter", b"event_type_filter", "group_keys", b"group_keys", "id", b"id", "key", b"key", "name", b"name", "property_filters", b"property_filters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_backfill_progress", b"_backfill_progress", "aggregation_key", b"aggregation_key", "aggregation_type", b"aggregation_type", "archive_time", b"archive_time", "backfill_progress", b"backfill_progress", "create_time", b"create_time", "custom_fields", b"custom_fields", "event_type_filter", b"event_type_filter", "group_keys", b"group_keys", "id", b"id", "key", b"key", "name", b"name", "property_filters", b"property_filters", "record_key", b"record_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__backfill_progress: _TypeAlias = _typing.Literal["backfill_progress"]  # noqa: Y015
     _WhichOneofArgType__backfill_progress: _TypeAlias = _typing.Literal["_backfill_progress", b"_backfill_progress"]  # noqa: Y015

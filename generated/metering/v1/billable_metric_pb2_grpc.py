@@ -104,7 +104,7 @@ class BillableMetricServiceServicer:
     def ArchiveBillableMetric(self, request, context):
         """Archives a metric: from then on it counts only events with a timestamp before its archive time, whenever they
         arrive. It stays readable by id. Idempotent: archiving again answers OK and keeps the first archive time.
-        Fails with NOT_FOUND. Cannot be undone.
+        Fails with NOT_FOUND, and FAILED_PRECONDITION (RECORD_METRIC) for a record metric. Cannot be undone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

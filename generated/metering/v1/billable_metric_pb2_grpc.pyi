@@ -53,7 +53,7 @@ class BillableMetricServiceStub:
     ArchiveBillableMetric: _grpc.UnaryUnaryMultiCallable[_billable_metric_pb2.ArchiveBillableMetricRequest, _billable_metric_pb2.ArchiveBillableMetricResponse]
     """Archives a metric: from then on it counts only events with a timestamp before its archive time, whenever they
     arrive. It stays readable by id. Idempotent: archiving again answers OK and keeps the first archive time.
-    Fails with NOT_FOUND. Cannot be undone.
+    Fails with NOT_FOUND, and FAILED_PRECONDITION (RECORD_METRIC) for a record metric. Cannot be undone.
     """
 
 @_typing.type_check_only
@@ -81,7 +81,7 @@ class BillableMetricServiceAsyncStub(BillableMetricServiceStub):
     ArchiveBillableMetric: _aio.UnaryUnaryMultiCallable[_billable_metric_pb2.ArchiveBillableMetricRequest, _billable_metric_pb2.ArchiveBillableMetricResponse]  # type: ignore[assignment]
     """Archives a metric: from then on it counts only events with a timestamp before its archive time, whenever they
     arrive. It stays readable by id. Idempotent: archiving again answers OK and keeps the first archive time.
-    Fails with NOT_FOUND. Cannot be undone.
+    Fails with NOT_FOUND, and FAILED_PRECONDITION (RECORD_METRIC) for a record metric. Cannot be undone.
     """
 
 class BillableMetricServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -136,7 +136,7 @@ class BillableMetricServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_billable_metric_pb2.ArchiveBillableMetricResponse, _abc.Awaitable[_billable_metric_pb2.ArchiveBillableMetricResponse]]:
         """Archives a metric: from then on it counts only events with a timestamp before its archive time, whenever they
         arrive. It stays readable by id. Idempotent: archiving again answers OK and keeps the first archive time.
-        Fails with NOT_FOUND. Cannot be undone.
+        Fails with NOT_FOUND, and FAILED_PRECONDITION (RECORD_METRIC) for a record metric. Cannot be undone.
         """
 
 def add_BillableMetricServiceServicer_to_server(servicer: BillableMetricServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

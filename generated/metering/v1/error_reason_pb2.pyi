@@ -158,6 +158,90 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A defect of the server. INTERNAL; the request id in the text finds it in the server's log.
     {"reason":"INTERNAL","domain":"metering","metadata":{"request_id":"8f14e45f"}}
     """
+    ERROR_REASON_ENTITLEMENT_NOT_FOUND: _ErrorReason.ValueType  # 60
+    """No entitlement has this id. NOT_FOUND, or a fault of a group.
+    {"reason":"ENTITLEMENT_NOT_FOUND","domain":"metering","metadata":{"id":"ent-1"}}
+    """
+    ERROR_REASON_PRODUCT_NOT_FOUND: _ErrorReason.ValueType  # 61
+    """No product has this id. NOT_FOUND.
+    {"reason":"PRODUCT_NOT_FOUND","domain":"metering","metadata":{"id":"prod-1"}}
+    """
+    ERROR_REASON_BUYER_NOT_FOUND: _ErrorReason.ValueType  # 62
+    """No customer has this buyer id. NOT_FOUND.
+    {"reason":"BUYER_NOT_FOUND","domain":"metering","metadata":{"buyer_id":"acme"}}
+    """
+    ERROR_REASON_USAGE_RECORD_GROUP_NOT_FOUND: _ErrorReason.ValueType  # 63
+    """No usage record group has this id. NOT_FOUND.
+    {"reason":"USAGE_RECORD_GROUP_NOT_FOUND","domain":"metering","metadata":{"id":"g-1"}}
+    """
+    ERROR_REASON_USAGE_RECORD_REPORT_NOT_FOUND: _ErrorReason.ValueType  # 64
+    """No usage record report has this id. NOT_FOUND.
+    {"reason":"USAGE_RECORD_REPORT_NOT_FOUND","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
+    """
+    ERROR_REASON_STATUS_TRANSITION: _ErrorReason.ValueType  # 65
+    """What is asked for cannot follow the state it is in. FAILED_PRECONDITION; the text says what can.
+    {"reason":"STATUS_TRANSITION","domain":"metering","metadata":{"id":"g-1","status":"REPORTED"}}
+    """
+    ERROR_REASON_LEASE_LOST: _ErrorReason.ValueType  # 66
+    """The report was given to another reporter, or never to this one. FAILED_PRECONDITION: lease again.
+    {"reason":"LEASE_LOST","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
+    """
+    ERROR_REASON_REPORT_COMPLETED: _ErrorReason.ValueType  # 67
+    """The report was completed before with other outcomes. FAILED_PRECONDITION; nothing changed.
+    {"reason":"REPORT_COMPLETED","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
+    """
+    ERROR_REASON_RECORD_METRIC: _ErrorReason.ValueType  # 68
+    """The metric is the record metric of a key, which cannot be archived. FAILED_PRECONDITION.
+    {"reason":"RECORD_METRIC","domain":"metering","metadata":{"id":"222796fd-d29c-429e-89b2-549fabda4ed6"}}
+    """
+    ERROR_REASON_ENTITLEMENT_NOT_ACTIVE: _ErrorReason.ValueType  # 70
+    """The entitlement was not in force at the group's time. A fault of a group.
+    {"reason":"ENTITLEMENT_NOT_ACTIVE","domain":"metering","metadata":{"field":"groups[0].entitlement_id","violations":"1"}}
+    """
+    ERROR_REASON_TIMESTAMP_OUTSIDE_TERM: _ErrorReason.ValueType  # 71
+    """The group's time is outside the entitlement's term. A fault of a group.
+    {"reason":"TIMESTAMP_OUTSIDE_TERM","domain":"metering","metadata":{"field":"groups[0].timestamp","violations":"1"}}
+    """
+    ERROR_REASON_RECORDS_EXCLUSIVE: _ErrorReason.ValueType  # 72
+    """Both or none of `records` and `billable_records` are given. A fault of a group.
+    {"reason":"RECORDS_EXCLUSIVE","domain":"metering","metadata":{"field":"groups[0].records","violations":"1"}}
+    """
+    ERROR_REASON_DIMENSION_UNKNOWN: _ErrorReason.ValueType  # 73
+    """A record's key is no dimension key or name of the entitlement; the text lists them. A fault of a group.
+    {"reason":"DIMENSION_UNKNOWN","domain":"metering","metadata":{"field":"groups[0].records.cpu","violations":"1"}}
+    """
+    ERROR_REASON_DIMENSION_AMBIGUOUS: _ErrorReason.ValueType  # 74
+    """A record's key is the name of several dimensions; use their keys. A fault of a group.
+    {"reason":"DIMENSION_AMBIGUOUS","domain":"metering","metadata":{"field":"groups[0].records.cpu","violations":"1"}}
+    """
+    ERROR_REASON_BILLABLE_METRIC_KEY_INVALID: _ErrorReason.ValueType  # 75
+    """A billable record's key is of no metric that the entitlement allows and that is not archived. A fault of a group.
+    {"reason":"BILLABLE_METRIC_KEY_INVALID","domain":"metering","metadata":{"field":"groups[0].billable_records[0].key","violations":"1"}}
+    """
+    ERROR_REASON_PROPERTIES_MISMATCH: _ErrorReason.ValueType  # 76
+    """A billable record's properties are not what its metric's filters say. A fault of a group.
+    {"reason":"PROPERTIES_MISMATCH","domain":"metering","metadata":{"field":"groups[0].billable_records[0].properties.region","violations":"1"}}
+    """
+    ERROR_REASON_QUANTITY_INVALID: _ErrorReason.ValueType  # 77
+    """A quantity is no plain decimal, negative, too large or too precise, here or for the partner. A fault of a group.
+    {"reason":"QUANTITY_INVALID","domain":"metering","metadata":{"field":"groups[0].records.cpu","violations":"1"}}
+    """
+    ERROR_REASON_QUANTITIES_ZERO: _ErrorReason.ValueType  # 78
+    """All quantities of a group are zero. A fault of a group.
+    {"reason":"QUANTITIES_ZERO","domain":"metering","metadata":{"field":"groups[0].records","violations":"1"}}
+    """
+    ERROR_REASON_ALLOCATION_INVALID: _ErrorReason.ValueType  # 79
+    """Usage allocations that the partner does not take, that do not add up, or with bad tags. A fault of a group.
+    {"reason":"ALLOCATION_INVALID","domain":"metering","metadata":{"field":"groups[0].meta_info.usage_allocations.cpu","violations":"1"}}
+    """
+    ERROR_REASON_SKIP_VALIDATION_FORBIDDEN: _ErrorReason.ValueType  # 80
+    """Only administrators may set skip_validation. A fault of a group.
+    {"reason":"SKIP_VALIDATION_FORBIDDEN","domain":"metering","metadata":{"field":"groups[0].meta_info.skip_validation","violations":"1"}}
+    """
+    ERROR_REASON_META_INFO_MISMATCH: _ErrorReason.ValueType  # 81
+    """A value of the group and the same value in its meta_info differ. A fault of a group.
+    {"reason":"META_INFO_MISMATCH","domain":"metering","metadata":{"field":"groups[0].meta_info.timestamp","violations":"1"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or an event failed, in a form that programs can rely on.
@@ -303,5 +387,89 @@ ERROR_REASON_STREAM_STALLED: ErrorReason.ValueType  # 55
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 53
 """A defect of the server. INTERNAL; the request id in the text finds it in the server's log.
 {"reason":"INTERNAL","domain":"metering","metadata":{"request_id":"8f14e45f"}}
+"""
+ERROR_REASON_ENTITLEMENT_NOT_FOUND: ErrorReason.ValueType  # 60
+"""No entitlement has this id. NOT_FOUND, or a fault of a group.
+{"reason":"ENTITLEMENT_NOT_FOUND","domain":"metering","metadata":{"id":"ent-1"}}
+"""
+ERROR_REASON_PRODUCT_NOT_FOUND: ErrorReason.ValueType  # 61
+"""No product has this id. NOT_FOUND.
+{"reason":"PRODUCT_NOT_FOUND","domain":"metering","metadata":{"id":"prod-1"}}
+"""
+ERROR_REASON_BUYER_NOT_FOUND: ErrorReason.ValueType  # 62
+"""No customer has this buyer id. NOT_FOUND.
+{"reason":"BUYER_NOT_FOUND","domain":"metering","metadata":{"buyer_id":"acme"}}
+"""
+ERROR_REASON_USAGE_RECORD_GROUP_NOT_FOUND: ErrorReason.ValueType  # 63
+"""No usage record group has this id. NOT_FOUND.
+{"reason":"USAGE_RECORD_GROUP_NOT_FOUND","domain":"metering","metadata":{"id":"g-1"}}
+"""
+ERROR_REASON_USAGE_RECORD_REPORT_NOT_FOUND: ErrorReason.ValueType  # 64
+"""No usage record report has this id. NOT_FOUND.
+{"reason":"USAGE_RECORD_REPORT_NOT_FOUND","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
+"""
+ERROR_REASON_STATUS_TRANSITION: ErrorReason.ValueType  # 65
+"""What is asked for cannot follow the state it is in. FAILED_PRECONDITION; the text says what can.
+{"reason":"STATUS_TRANSITION","domain":"metering","metadata":{"id":"g-1","status":"REPORTED"}}
+"""
+ERROR_REASON_LEASE_LOST: ErrorReason.ValueType  # 66
+"""The report was given to another reporter, or never to this one. FAILED_PRECONDITION: lease again.
+{"reason":"LEASE_LOST","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
+"""
+ERROR_REASON_REPORT_COMPLETED: ErrorReason.ValueType  # 67
+"""The report was completed before with other outcomes. FAILED_PRECONDITION; nothing changed.
+{"reason":"REPORT_COMPLETED","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
+"""
+ERROR_REASON_RECORD_METRIC: ErrorReason.ValueType  # 68
+"""The metric is the record metric of a key, which cannot be archived. FAILED_PRECONDITION.
+{"reason":"RECORD_METRIC","domain":"metering","metadata":{"id":"222796fd-d29c-429e-89b2-549fabda4ed6"}}
+"""
+ERROR_REASON_ENTITLEMENT_NOT_ACTIVE: ErrorReason.ValueType  # 70
+"""The entitlement was not in force at the group's time. A fault of a group.
+{"reason":"ENTITLEMENT_NOT_ACTIVE","domain":"metering","metadata":{"field":"groups[0].entitlement_id","violations":"1"}}
+"""
+ERROR_REASON_TIMESTAMP_OUTSIDE_TERM: ErrorReason.ValueType  # 71
+"""The group's time is outside the entitlement's term. A fault of a group.
+{"reason":"TIMESTAMP_OUTSIDE_TERM","domain":"metering","metadata":{"field":"groups[0].timestamp","violations":"1"}}
+"""
+ERROR_REASON_RECORDS_EXCLUSIVE: ErrorReason.ValueType  # 72
+"""Both or none of `records` and `billable_records` are given. A fault of a group.
+{"reason":"RECORDS_EXCLUSIVE","domain":"metering","metadata":{"field":"groups[0].records","violations":"1"}}
+"""
+ERROR_REASON_DIMENSION_UNKNOWN: ErrorReason.ValueType  # 73
+"""A record's key is no dimension key or name of the entitlement; the text lists them. A fault of a group.
+{"reason":"DIMENSION_UNKNOWN","domain":"metering","metadata":{"field":"groups[0].records.cpu","violations":"1"}}
+"""
+ERROR_REASON_DIMENSION_AMBIGUOUS: ErrorReason.ValueType  # 74
+"""A record's key is the name of several dimensions; use their keys. A fault of a group.
+{"reason":"DIMENSION_AMBIGUOUS","domain":"metering","metadata":{"field":"groups[0].records.cpu","violations":"1"}}
+"""
+ERROR_REASON_BILLABLE_METRIC_KEY_INVALID: ErrorReason.ValueType  # 75
+"""A billable record's key is of no metric that the entitlement allows and that is not archived. A fault of a group.
+{"reason":"BILLABLE_METRIC_KEY_INVALID","domain":"metering","metadata":{"field":"groups[0].billable_records[0].key","violations":"1"}}
+"""
+ERROR_REASON_PROPERTIES_MISMATCH: ErrorReason.ValueType  # 76
+"""A billable record's properties are not what its metric's filters say. A fault of a group.
+{"reason":"PROPERTIES_MISMATCH","domain":"metering","metadata":{"field":"groups[0].billable_records[0].properties.region","violations":"1"}}
+"""
+ERROR_REASON_QUANTITY_INVALID: ErrorReason.ValueType  # 77
+"""A quantity is no plain decimal, negative, too large or too precise, here or for the partner. A fault of a group.
+{"reason":"QUANTITY_INVALID","domain":"metering","metadata":{"field":"groups[0].records.cpu","violations":"1"}}
+"""
+ERROR_REASON_QUANTITIES_ZERO: ErrorReason.ValueType  # 78
+"""All quantities of a group are zero. A fault of a group.
+{"reason":"QUANTITIES_ZERO","domain":"metering","metadata":{"field":"groups[0].records","violations":"1"}}
+"""
+ERROR_REASON_ALLOCATION_INVALID: ErrorReason.ValueType  # 79
+"""Usage allocations that the partner does not take, that do not add up, or with bad tags. A fault of a group.
+{"reason":"ALLOCATION_INVALID","domain":"metering","metadata":{"field":"groups[0].meta_info.usage_allocations.cpu","violations":"1"}}
+"""
+ERROR_REASON_SKIP_VALIDATION_FORBIDDEN: ErrorReason.ValueType  # 80
+"""Only administrators may set skip_validation. A fault of a group.
+{"reason":"SKIP_VALIDATION_FORBIDDEN","domain":"metering","metadata":{"field":"groups[0].meta_info.skip_validation","violations":"1"}}
+"""
+ERROR_REASON_META_INFO_MISMATCH: ErrorReason.ValueType  # 81
+"""A value of the group and the same value in its meta_info differ. A fault of a group.
+{"reason":"META_INFO_MISMATCH","domain":"metering","metadata":{"field":"groups[0].meta_info.timestamp","violations":"1"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -5,15 +5,17 @@ what every kind of message shares; each noun has its module.
 """
 
 import asyncio
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from service.domain import checks
+from service.domain.customers import YEAR_MAX, YEAR_MIN
 from service.domain.events import instant
 from service.errors import InvalidArgument, Reason, Violation
 
@@ -24,6 +26,7 @@ R = TypeVar("R")
 _SLICE_S = 0.01
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 
 
 def timestamp(instant: datetime | None) -> Timestamp | None:
@@ -74,6 +77,39 @@ def read_instant(message: Message, field: str, faults: list[Violation], *, requi
     if found is None:
         faults.append(Violation(field, Reason.WINDOW_RANGE, "must lie in 0001-01-02T00:00:00Z to 9999-12-30T23:59:59Z"))
     return found
+
+
+def read_date(path: str, text: str, faults: list[Violation]) -> date | None:
+    """Read a required date; notes what is wrong with it."""
+    if not text:
+        faults.append(Violation(path, Reason.FIELD_REQUIRED, "is required: a date such as 2026-01-31"))
+        return None
+    try:
+        # fromisoformat alone would also take week dates such as 2026-W01-1.
+        found = date.fromisoformat(text) if _DATE.fullmatch(text) else None
+    except ValueError:
+        found = None
+    if found is None or not YEAR_MIN <= found.year <= YEAR_MAX:
+        limits = f"must be a date as YYYY-MM-DD, years {YEAR_MIN}..{YEAR_MAX}"
+        faults.append(Violation(path, Reason.FIELD_INVALID, limits))
+        return None
+    return found
+
+
+def read_dates(first: str, last: str, faults: list[Violation], *, today: date) -> tuple[datetime, datetime] | None:
+    """Read the optional `start_date` and `end_date` of a list as the instants that bound their UTC days, half-open.
+
+    The end is today by default, the start 30 days before the end (Suger's usageRecordGroup list).
+    """
+    end = read_date("end_date", last, faults) if last else today
+    start = read_date("start_date", first, faults) if first else end and end - timedelta(days=30)
+    if start is None or end is None:
+        return None
+    if start > end:
+        text = f"must not be later than end_date, which is {end}"
+        faults.append(Violation("start_date", Reason.WINDOW_RANGE, text))
+    bounds = [datetime(day.year, day.month, day.day, tzinfo=UTC) for day in (start, end + timedelta(days=1))]
+    return bounds[0], bounds[1]
 
 
 def enum_value(field: str, number: Any, names: Mapping[Any, T], faults: list[Violation]) -> T | None:

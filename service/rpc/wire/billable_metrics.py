@@ -78,4 +78,5 @@ def metric(value: metrics.BillableMetric) -> billable_metric_pb2.BillableMetric:
         create_time=timestamp(value.created_at),
         archive_time=timestamp(value.archived_at),
         backfill_progress=value.backfill_progress,
+        record_key=value.record_key or "",
     )

@@ -1,15 +1,11 @@
 """Customers on the wire."""
 
-import re
 from collections.abc import Iterable
-from datetime import date
 
 from metering.v1 import customer_pb2
 from service.domain import checks, customers
 from service.errors import Reason, Violation
-from service.rpc.wire import check_mask, enum_value, new_id, raise_any, timestamp
-
-_DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
+from service.rpc.wire import check_mask, enum_value, new_id, raise_any, read_date, timestamp
 
 _FREQUENCIES = {
     number: customers.BillingFrequency(name.removeprefix("BILLING_FREQUENCY_"))
@@ -117,29 +113,13 @@ def _billing_period(
     path: str, message: customer_pb2.BillingPeriod, faults: list[Violation]
 ) -> customers.BillingPeriod | None:
     frequency = enum_value(f"{path}.frequency", message.frequency, _FREQUENCIES, faults)
-    anchor = _date(f"{path}.anchor_date", message.anchor_date, faults)
-    start = _date(f"{path}.starting_on", message.starting_on, faults)
+    anchor = read_date(f"{path}.anchor_date", message.anchor_date, faults)
+    start = read_date(f"{path}.starting_on", message.starting_on, faults)
     end = None
     if message.HasField("ending_before"):
-        end = _date(f"{path}.ending_before", message.ending_before, faults)
+        end = read_date(f"{path}.ending_before", message.ending_before, faults)
         if start and end and end <= start:
             faults.append(Violation(f"{path}.ending_before", Reason.FIELD_INVALID, "must be after starting_on"))
     if frequency is None or anchor is None or start is None:
         return None
     return customers.BillingPeriod(frequency, anchor, start, end)
-
-
-def _date(path: str, text: str, faults: list[Violation]) -> date | None:
-    if not text:
-        faults.append(Violation(path, Reason.FIELD_REQUIRED, "is required: a date such as 2026-01-31"))
-        return None
-    try:
-        # fromisoformat alone would also take week dates such as 2026-W01-1.
-        found = date.fromisoformat(text) if _DATE.fullmatch(text) else None
-    except ValueError:
-        found = None
-    if found is None or not customers.YEAR_MIN <= found.year <= customers.YEAR_MAX:
-        limits = f"must be a date as YYYY-MM-DD, years {customers.YEAR_MIN}..{customers.YEAR_MAX}"
-        faults.append(Violation(path, Reason.FIELD_INVALID, limits))
-        return None
-    return found

@@ -20,7 +20,7 @@ _FIELD_MAX = 256
 _ISSUES_BYTES_MAX = 3 * 1024 * 1024
 
 _OUTCOMES = {one: event_pb2.MetricOutcome.Value(f"METRIC_OUTCOME_{one.name}") for one in events.MetricOutcome}
-_VERDICTS = {verdict: event_pb2.Verdict.Value(f"VERDICT_{verdict.name}") for verdict in events.Verdict}
+VERDICTS = {verdict: event_pb2.Verdict.Value(f"VERDICT_{verdict.name}") for verdict in events.Verdict}
 
 
 async def batch(sent: Sequence[event_pb2.UsageEvent], *, all_or_nothing: bool = False) -> Batch:
@@ -55,30 +55,30 @@ def event(message: event_pb2.UsageEvent) -> events.Event | tuple[Violation, ...]
         if at is None:
             limits = "must lie in 0001-01-02T00:00:00Z to 9999-12-30T23:59:59Z, with nanos in 0..999,999,999"
             faults.append(Violation("timestamp", Reason.FIELD_INVALID, limits))
-    properties = _properties(message.properties, faults)
+    properties = properties_json(message.properties, faults)
     if faults or at is None:
         return tuple(faults[: events.VIOLATIONS_MAX])
     return events.event(transaction_id, customer_id, event_type, at, properties)
 
 
-def _properties(struct: Struct, faults: list[Violation]) -> str:
+def properties_json(struct: Struct, faults: list[Violation], path: str = "properties") -> str:
     """Return properties as canonical JSON (sorted keys, plain numbers, no blanks), or add what is wrong with them."""
     fields = struct.fields
     if len(fields) > events.PROPERTIES_MAX:
         message = f"has {len(fields)} entries; at most {events.PROPERTIES_MAX} are allowed"
-        faults.append(Violation("properties", Reason.LIMIT_EXCEEDED, message))
+        faults.append(Violation(path, Reason.LIMIT_EXCEEDED, message))
         return "{}"
     for name in fields:
-        if fault := checks.identifier("properties key", name):
-            faults.append(Violation("properties", fault.reason, f"has a key that {fault.message}"))
+        if fault := checks.identifier("key", name):
+            faults.append(Violation(path, fault.reason, f"has a key that {fault.message}"))
             return "{}"
     try:
-        text = _json_object(fields, "properties", _Walk(faults))
+        text = _json_object(fields, path, _Walk(faults, path))
     except _StopWalkError:
         return "{}"
     size = len(text) if text.isascii() else len(text.encode())
     if size > events.PROPERTIES_BYTES_MAX:
-        faults.append(_TOO_LARGE)
+        faults.append(_too_large(path))
     return text
 
 
@@ -89,10 +89,11 @@ class _StopWalkError(Exception):
 class _Walk:
     """The walk through one event's properties: their faults, and how much there was so far."""
 
-    __slots__ = ("faults", "size")
+    __slots__ = ("faults", "path", "size")
 
-    def __init__(self, faults: list[Violation]) -> None:
+    def __init__(self, faults: list[Violation], path: str) -> None:
         self.faults = faults
+        self.path = path
         self.size = 0
 
     def fault(self, path: str, reason: Reason, message: str) -> None:
@@ -105,13 +106,12 @@ class _Walk:
         """Count what was written; more than is allowed ends the walk, however much is left."""
         self.size += size
         if self.size > events.PROPERTIES_BYTES_MAX:
-            self.faults.append(_TOO_LARGE)
+            self.faults.append(_too_large(self.path))
             raise _StopWalkError
 
 
-_TOO_LARGE = Violation(
-    "properties", Reason.LIMIT_EXCEEDED, f"takes more than {events.PROPERTIES_BYTES_MAX:,} bytes as JSON"
-)
+def _too_large(path: str) -> Violation:
+    return Violation(path, Reason.LIMIT_EXCEEDED, f"takes more than {events.PROPERTIES_BYTES_MAX:,} bytes as JSON")
 
 
 def _json_object(fields: Mapping[str, Value], path: str, walk: _Walk) -> str:
@@ -176,7 +176,7 @@ def verdicts(outcomes: Sequence[events.Outcome]) -> dict[str, Any]:
             if left < 0:
                 break
             issues.append(issue)
-    return {"verdicts": [_VERDICTS[outcome.verdict] for outcome in outcomes], "issues": issues}
+    return {"verdicts": [VERDICTS[outcome.verdict] for outcome in outcomes], "issues": issues}
 
 
 def event_query(request: event_pb2.SearchEventsRequest) -> events.EventQuery:

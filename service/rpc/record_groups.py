@@ -1,0 +1,110 @@
+"""The RPCs of UsageRecordGroupService."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from metering.v1 import usage_record_group_pb2 as pb
+from metering.v1 import usage_record_group_pb2_grpc
+from service.database import Database
+from service.domain import pages
+from service.domain.events import Verdict
+from service.domain.partners import Rules
+from service.domain.record_groups import PAGE_SIZE_MAX, StoredGroup
+from service.rpc.interceptor import Context, is_admin, organization
+from service.rpc.pages import PageTokens, fitting, scope
+from service.rpc.wire import in_slices
+from service.rpc.wire import record_groups as wire
+from service.store import group_intake as intake
+from service.store import record_groups as store
+
+
+class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServiceServicer):
+    """Takes usage record groups; see usage_record_group.proto."""
+
+    def __init__(self, database: Database, tokens: PageTokens, rules: Rules) -> None:
+        """Judge groups by the partners' `rules`."""
+        self._database = database
+        self._tokens = tokens
+        self._rules = rules
+
+    async def BatchValidateUsageRecordGroups(
+        self, request: pb.BatchValidateUsageRecordGroupsRequest, context: Context
+    ) -> pb.BatchValidateUsageRecordGroupsResponse:
+        """See usage_record_group.proto."""
+        items, org, admin = await wire.new_groups(request.groups, ids_required=False), organization(), is_admin()
+        found = await self._database.read(
+            lambda c: intake.validate_groups(c, org, items, self._rules, admin=admin),
+            timeout_s=context.time_remaining(),
+        )
+        return pb.BatchValidateUsageRecordGroupsResponse(results=wire.validations(items, found))
+
+    async def ReportUsageRecordGroups(
+        self, request: pb.ReportUsageRecordGroupsRequest, context: Context
+    ) -> pb.ReportUsageRecordGroupsResponse:
+        """See usage_record_group.proto."""
+        items, org, admin = await wire.new_groups(request.groups, ids_required=True), organization(), is_admin()
+
+        async def work(connection: AsyncConnection) -> tuple[Sequence[intake.Result], dict[str, StoredGroup]]:
+            results = await intake.report_groups(connection, org, items, self._rules, admin=admin)
+            kept = [one.id for one in results if one.verdict is not Verdict.REJECTED]
+            return results, await store.groups_within(connection, org, kept, wire.ANSWER_BYTES_MAX)
+
+        found, stored = await self._database.write(work)
+        return pb.ReportUsageRecordGroupsResponse(results=wire.results(items, found, stored, org))
+
+    async def ListUsageRecordGroups(
+        self, request: pb.ListUsageRecordGroupsRequest, context: Context
+    ) -> pb.ListUsageRecordGroupsResponse:
+        """See usage_record_group.proto."""
+        limit, org = pages.page_size(request.page_size, PAGE_SIZE_MAX, PAGE_SIZE_MAX), organization()
+        query_scope = scope("ListUsageRecordGroups", request)
+        state = await self._tokens.decode(query_scope, request.page_token)
+        # What "today" means is settled by the first page.
+        asked_at = datetime.fromisoformat(state["asked_at"]) if state else datetime.now(UTC)
+        query, skip = wire.group_query(request, asked_at)
+        after = (datetime.fromisoformat(state["created_at"]), int(state["serial_id"])) if state else None
+        found = await self._database.read(
+            lambda c: store.list_groups(c, org, query, after, skip, limit), timeout_s=context.time_remaining()
+        )
+        messages = await in_slices(lambda one: wire.group(one, org), found.groups)
+        page, following = fitting(messages, limit), found.following
+        if len(page) < len(messages):
+            last = found.groups[len(page) - 1]
+            following = (last.created_at, last.serial_id)
+        response = pb.ListUsageRecordGroupsResponse(usage_record_groups=page)
+        if following is not None:
+            state = {
+                "asked_at": asked_at.isoformat(),
+                "created_at": following[0].isoformat(),
+                "serial_id": following[1],
+            }
+            response.next_page_token = await self._tokens.encode(query_scope, state)
+        return response
+
+    async def GetUsageRecordGroup(
+        self, request: pb.GetUsageRecordGroupRequest, context: Context
+    ) -> pb.GetUsageRecordGroupResponse:
+        """See usage_record_group.proto."""
+        group_id, org = wire.group_id(request.id), organization()
+        found = await self._database.read(
+            lambda c: store.get_group(c, org, group_id), timeout_s=context.time_remaining()
+        )
+        return pb.GetUsageRecordGroupResponse(group=wire.group(found, org))
+
+    async def DeleteUsageRecordGroup(
+        self, request: pb.DeleteUsageRecordGroupRequest, context: Context
+    ) -> pb.DeleteUsageRecordGroupResponse:
+        """See usage_record_group.proto."""
+        group_id, org = wire.group_id(request.id), organization()
+        deleted = await self._database.write(lambda c: store.delete_group(c, org, group_id))
+        return pb.DeleteUsageRecordGroupResponse(group=wire.group(deleted, org))
+
+    async def RetryUsageRecordGroup(
+        self, request: pb.RetryUsageRecordGroupRequest, context: Context
+    ) -> pb.RetryUsageRecordGroupResponse:
+        """See usage_record_group.proto."""
+        group_id, org = wire.group_id(request.id), organization()
+        group = await self._database.write(lambda c: store.retry_group(c, org, group_id))
+        return pb.RetryUsageRecordGroupResponse(group=wire.group(group, org))

@@ -1,0 +1,288 @@
+"""Every statement about stored usage record groups: reading and listing them, and every change of their state."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.events import RESERVED_PREFIX
+from service.domain.partners import Partner
+from service.domain.record_groups import (
+    STATUS_ORDER,
+    GroupQuery,
+    GroupStatus,
+    RecordState,
+    StoredGroup,
+    StoredRecord,
+)
+from service.domain.usage import PAGE_BYTES_MAX
+from service.errors import FailedPrecondition, NotFound, Reason, Violation
+from service.store import events as event_store
+from service.store import metrics as metric_store
+from service.store import organizations
+from service.store.tables import INSTANT, customers, texts, usage_record_groups, usage_records
+
+# About what a group takes on the wire: what was reported is shown as it was sent, and once more record by record.
+_SIZE = (2 * sa.func.octet_length(sa.cast(usage_record_groups.c.meta_info, sa.Text)) + 300).label("size")
+
+Key = tuple[datetime, int]
+"""Time of creation and serial id: what groups are listed by, the newest first."""
+
+
+class Found(NamedTuple):
+    """Groups, newest first, and the one after which to go on (None = there are no more)."""
+
+    groups: Sequence[StoredGroup]
+    following: Key | None
+
+
+async def get_group(connection: AsyncConnection, organization: str, group_id: str) -> StoredGroup:
+    """Return one group; raises NotFound."""
+    found = await get_groups(connection, organization, [group_id])
+    if not found:
+        raise _not_found(group_id)
+    return found[group_id]
+
+
+async def get_groups(connection: AsyncConnection, organization: str, ids: Sequence[str]) -> dict[str, StoredGroup]:
+    """Return the groups that have these ids, with their records, by id."""
+    columns = usage_records.c
+    query = (
+        sa.select(usage_records)
+        .where(columns.organization_id == organization, columns.group_id == sa.any_(texts(ids)))
+        .order_by(columns.group_id, columns.position)
+    )
+    records: dict[str, list[StoredRecord]] = {}
+    for row in await connection.execute(query):
+        record = StoredRecord(
+            row.key, row.quantity, row.properties, RecordState(row.state), row.report_id, row.failure or ""
+        )
+        records.setdefault(row.group_id, []).append(record)
+    own = usage_record_groups.c
+    named = (own.organization_id == organization, own.id == sa.any_(texts(ids)))
+    rows = await connection.execute(_GROUPS.where(*named))
+    return {row.id: _group(row, records.get(row.id, ())) for row in rows}
+
+
+async def groups_within(
+    connection: AsyncConnection, organization: str, ids: Sequence[str], bytes_max: int
+) -> dict[str, StoredGroup]:
+    """Return the groups that have these ids, in their order, as many as take about so many bytes."""
+    columns = usage_record_groups.c
+    query = sa.select(columns.id, _SIZE).where(
+        columns.organization_id == organization, columns.id == sa.any_(texts(ids))
+    )
+    sizes = {row.id: row.size for row in await connection.execute(query)}
+    wanted = []
+    for one in dict.fromkeys(ids):
+        bytes_max -= sizes[one]
+        if bytes_max < 0:
+            break
+        wanted.append(one)
+    return await get_groups(connection, organization, wanted)
+
+
+async def list_groups(
+    connection: AsyncConnection, organization: str, query: GroupQuery, after: Key | None, skip: int, limit: int
+) -> Found:
+    """Return up to `limit` groups after the one given and `skip` more, or as many as make about one page of bytes."""
+    columns = usage_record_groups.c
+    where = [columns.organization_id == organization, *_filters(organization, query)]
+    if after is not None:
+        last = sa.tuple_(sa.literal(after[0], INSTANT), sa.literal(after[1], sa.BigInteger))
+        where += [columns.created_at <= after[0], sa.tuple_(columns.created_at, columns.serial_id) < last]
+    keys = (
+        sa.select(columns.id, columns.created_at, columns.serial_id, _SIZE)
+        .where(*where)
+        .order_by(columns.created_at.desc(), columns.serial_id.desc())
+        .offset(skip or None)
+        .limit(limit + 1)
+    )
+    rows = (await connection.execute(keys)).all()
+    wanted: list[Any] = []
+    size = 0
+    for row in rows[:limit]:
+        size += row.size
+        if wanted and size > PAGE_BYTES_MAX:
+            break
+        wanted.append(row)
+    found = await get_groups(connection, organization, [row.id for row in wanted])
+    following = (wanted[-1].created_at, wanted[-1].serial_id) if len(wanted) < len(rows) else None
+    return Found([found[row.id] for row in wanted], following)
+
+
+async def delete_group(connection: AsyncConnection, organization: str, group_id: str) -> StoredGroup:
+    """Delete a group that is not reported, and take its records out of usage; raises NotFound, FailedPrecondition."""
+    await organizations.lock_shared(connection, organization)
+    group = await _locked(connection, organization, group_id)
+    if group.status is GroupStatus.DELETED:
+        return group
+    states = {record.state for record in group.records}
+    if not states <= {RecordState.CREATED, RecordState.INVALID}:
+        known = "some of its records were reported" if RecordState.REPORTED in states else "its records are in a report"
+        raise _illegal(
+            group, f"only a CREATED or INVALID group of which nothing is in a report can be deleted: {known}"
+        )
+    metrics = await metric_store.record_metrics(connection, organization, {record.key for record in group.records})
+    ids = [transaction_id(group_id, position) for position in range(len(group.records))]
+    await event_store.void_events(connection, organization, ids, list(metrics.values()))
+    await _set_states(connection, organization, [group_id], RecordState.DELETED)
+    await derive_statuses(connection, organization, [group_id])
+    return await get_group(connection, organization, group_id)
+
+
+async def retry_group(connection: AsyncConnection, organization: str, group_id: str) -> StoredGroup:
+    """Let the failed records of a group wait for the next report; raises NotFound, FailedPrecondition."""
+    group = await _locked(connection, organization, group_id)
+    if group.status is GroupStatus.CREATED:
+        return group
+    if group.status is not GroupStatus.REPORT_FAILED:
+        raise _illegal(group, "only a REPORT_FAILED group can be retried")
+    await _set_states(connection, organization, [group_id], RecordState.CREATED, RecordState.REPORT_FAILED)
+    await derive_statuses(connection, organization, [group_id])
+    return await get_group(connection, organization, group_id)
+
+
+async def invalidate_groups(
+    connection: AsyncConnection, organization: str, faults: Mapping[str, Sequence[Violation]]
+) -> None:
+    """Make groups INVALID for the reasons given. They must be locked, and wait for a report."""
+    await _set_states(connection, organization, list(faults), RecordState.INVALID)
+    reason = (
+        sa.func.unnest(
+            texts(list(faults)), texts([json.dumps([_reason(one) for one in found]) for found in faults.values()])
+        )
+        .table_valued("id", "reasons")
+        .render_derived("found")
+    )
+    columns = usage_record_groups.c
+    statement = (
+        sa.update(usage_record_groups)
+        .where(columns.organization_id == organization, columns.id == reason.c.id)
+        .values(invalid_reasons=sa.cast(reason.c.reasons, JSONB))
+    )
+    await connection.execute(statement)
+    await derive_statuses(connection, organization, list(faults))
+
+
+async def derive_statuses(connection: AsyncConnection, organization: str, ids: Sequence[str]) -> None:
+    """Give groups the status that follows from the states of their records, and the report these were last in."""
+    columns = usage_records.c
+    first = sa.case(
+        *((sa.func.bool_or(columns.state == state.value), sa.literal(state.value)) for state in STATUS_ORDER)
+    )
+    own = (
+        sa.select(columns.group_id, first.label("status"))
+        .where(columns.organization_id == organization, columns.group_id == sa.any_(texts(ids)))
+        .group_by(columns.group_id)
+        .subquery("own")
+    )
+    groups = usage_record_groups.c
+    now = sa.func.clock_timestamp()
+    reported = own.c.status == GroupStatus.REPORTED.value
+    statement = (
+        sa.update(usage_record_groups)
+        .where(groups.organization_id == organization, groups.id == own.c.group_id)
+        .values(status=own.c.status, updated_at=now, reported_at=sa.case((reported, now)))
+    )
+    await connection.execute(statement)
+
+
+def transaction_id(group_id: str, position: int) -> str:
+    """Return the id of the event that a record is counted by."""
+    return f"{RESERVED_PREFIX}{group_id}:{position}"
+
+
+async def _locked(connection: AsyncConnection, organization: str, group_id: str) -> StoredGroup:
+    columns = usage_record_groups.c
+    query = sa.select(columns.id).where(columns.organization_id == organization, columns.id == group_id)
+    if (await connection.execute(query.with_for_update())).first() is None:
+        raise _not_found(group_id)
+    return await get_group(connection, organization, group_id)
+
+
+async def _set_states(
+    connection: AsyncConnection,
+    organization: str,
+    ids: Sequence[str],
+    state: RecordState,
+    only: RecordState | None = None,
+) -> None:
+    columns = usage_records.c
+    where = [columns.organization_id == organization, columns.group_id == sa.any_(texts(ids))]
+    if only is not None:
+        where.append(columns.state == only.value)
+    await connection.execute(sa.update(usage_records).where(*where).values(state=state.value, failure=None))
+
+
+def _filters(organization: str, query: GroupQuery) -> list[sa.ColumnElement[bool]]:
+    columns = usage_record_groups.c
+    where = [columns.created_at >= query.start, columns.created_at < query.end]
+    for column, value in (
+        (columns.partner, query.partner and query.partner.value),
+        (columns.product_id, query.product_id),
+        (columns.entitlement_id, query.entitlement_id),
+        (columns.status, query.status and query.status.value),
+        (columns.source, query.source and query.source.value),
+    ):
+        if value is not None:
+            where.append(column == value)
+    if query.buyer_id is not None:
+        buyer = sa.select(customers.c.id).where(
+            customers.c.organization_id == organization, customers.c.buyer_id == query.buyer_id
+        )
+        where.append(columns.customer_id == buyer.scalar_subquery())
+    if query.meta_info is not None:
+        where.append(columns.meta_info.contains(sa.cast(sa.literal(query.meta_info, sa.Text), JSONB)))
+    return where
+
+
+def _not_found(group_id: str) -> NotFound:
+    message = f"No usage record group has the id {group_id!r}."
+    return NotFound(Reason.USAGE_RECORD_GROUP_NOT_FOUND, message, metadata={"id": group_id})
+
+
+def _illegal(group: StoredGroup, message: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        Reason.STATUS_TRANSITION,
+        f"Usage record group {group.id!r} is {group.status.value}; {message}.",
+        metadata={"id": group.id, "status": group.status.value},
+    )
+
+
+def _reason(violation: Violation) -> dict[str, str]:
+    return {"field": violation.field, "reason": violation.reason.value, "message": violation.message}
+
+
+_GROUPS = sa.select(usage_record_groups, customers.c.buyer_id).join(
+    customers,
+    sa.and_(
+        customers.c.organization_id == usage_record_groups.c.organization_id,
+        customers.c.id == usage_record_groups.c.customer_id,
+    ),
+)
+
+
+def _group(row: Any, records: Sequence[StoredRecord]) -> StoredGroup:
+    return StoredGroup(
+        id=row.id,
+        serial_id=row.serial_id,
+        partner=Partner(row.partner),
+        product_id=row.product_id,
+        entitlement_id=row.entitlement_id,
+        buyer_id=row.buyer_id,
+        status=GroupStatus(row.status),
+        meta_info=row.meta_info,
+        report_id=row.report_id,
+        invalid_reasons=tuple(
+            Violation(one["field"], Reason(one["reason"]), one["message"]) for one in row.invalid_reasons or ()
+        ),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        reported_at=row.reported_at,
+        records=tuple(records),
+    )
