@@ -39,6 +39,7 @@ from service.config import Config
 from service.database import Database
 from service.migrations import upgrade
 from service.postgres import EmbeddedPostgres
+from service.reporting import Reporting
 from service.server import serving
 
 # Tests make their databases safe to lose: speed is all that matters to them.
@@ -97,6 +98,17 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     database = Database(database_url)
     yield database
     await database.close()
+
+
+@pytest.fixture(autouse=True)
+def hourly_job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the hourly job of servers in this process from rolling up behind a test's back, unless it is marked so."""
+
+    async def idle(_: Reporting) -> None:
+        await asyncio.Event().wait()
+
+    if "hourly_job" not in request.keywords:
+        monkeypatch.setattr(Reporting, "run", idle)
 
 
 @dataclass

@@ -16,13 +16,17 @@ from faults import LEAK, Fault, fault_of, read_fault, until
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.struct_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
+from marketplace import sell
 
 from metering.v1 import (
     billable_metric_pb2,
     customer_pb2,
+    entitlement_pb2,
     error_reason_pb2,
     event_pb2,
     usage_pb2,
+    usage_record_group_pb2,
+    usage_record_report_pb2,
 )
 from service.auth import new_api_key
 from service.backfill import Backfill
@@ -110,6 +114,32 @@ def period(**fields: Any) -> Any:
     return customer_call("SetBillingPeriod", id=UNKNOWN, billing_period=customer_pb2.BillingPeriod(**fields))
 
 
+def sale(method: str, **fields: Any) -> Any:
+    """A method of EntitlementService."""
+    request = getattr(entitlement_pb2, f"{method}Request")(**fields)
+    return lambda c: getattr(c.entitlements, method)(request)
+
+
+def groups(method: str, **fields: Any) -> Any:
+    """A method of UsageRecordGroupService."""
+    request = getattr(usage_record_group_pb2, f"{method}Request")(**fields)
+    return lambda c: getattr(c.groups, method)(request)
+
+
+def reports(method: str, **fields: Any) -> Any:
+    """A method of UsageRecordReportService."""
+    request = getattr(usage_record_report_pb2, f"{method}Request")(**fields)
+    return lambda c: getattr(c.reports, method)(request)
+
+
+async def archive_record_metric(client: Client) -> Any:
+    """ArchiveBillableMetric of the record metric of `cpu`."""
+    request = billable_metric_pb2.ListBillableMetricsRequest()
+    metrics = (await client.metrics.ListBillableMetrics(request)).billable_metrics
+    (found,) = (one.id for one in metrics if one.record_key == "cpu")
+    return await metric_call("ArchiveBillableMetric", id=found)(client)
+
+
 def selector(metric_id: str = UNKNOWN, **group_by: Any) -> usage_pb2.BillableMetricSelector:
     """Name a metric, grouped if a key is given."""
     return usage_pb2.BillableMetricSelector(id=metric_id, group_by=usage_pb2.GroupBy(**group_by) if group_by else None)
@@ -170,9 +200,44 @@ GOLDEN: dict[str, tuple[Any, str, str | None]] = {
     "NO_BILLING_PERIOD": (
         grouped(customer_id=C, billable_metric_id=M, current_period=True), "FAILED_PRECONDITION", None,
     ),
+    "ENTITLEMENT_NOT_FOUND": (sale("GetEntitlement", id="nobody's"), NF, None),
+    "PRODUCT_NOT_FOUND": (sale("GetProduct", id="nobody's"), NF, None),
+    "BUYER_NOT_FOUND": (
+        sale(
+            "CreateEntitlement",
+            entitlement={"id": "e", "product_id": "p-ent", "buyer_id": "no", "starting_on": timestamp(START)},
+        ), NF, None,
+    ),
+    "USAGE_RECORD_GROUP_NOT_FOUND": (groups("GetUsageRecordGroup", id="nobody's"), NF, None),
+    "USAGE_RECORD_REPORT_NOT_FOUND": (
+        reports("CompleteUsageRecordReport", id=UNKNOWN, lease_token="t"), NF, None,  # noqa: S106 - not a password
+    ),
+    "STATUS_TRANSITION": (
+        sale("UpdateEntitlement", entitlement={"id": "ent", "status": "ENTITLEMENT_STATUS_PENDING_START"}),
+        "FAILED_PRECONDITION", None,
+    ),
+    "RECORD_METRIC": (archive_record_metric, "FAILED_PRECONDITION", None),
 }  # fmt: skip
-# These have tests of their own in this file; those of streams in test_streams and test_stream_events.
+# Faults of groups, which are answers inside OK: see test_record_group_rules.
+OF_GROUPS = {
+    "ENTITLEMENT_NOT_ACTIVE",
+    "TIMESTAMP_OUTSIDE_TERM",
+    "RECORDS_EXCLUSIVE",
+    "DIMENSION_UNKNOWN",
+    "DIMENSION_AMBIGUOUS",
+    "BILLABLE_METRIC_KEY_INVALID",
+    "PROPERTIES_MISMATCH",
+    "QUANTITY_INVALID",
+    "QUANTITIES_ZERO",
+    "ALLOCATION_INVALID",
+    "SKIP_VALIDATION_FORBIDDEN",
+    "META_INFO_MISMATCH",
+}
+# These have tests of their own in this file; those of streams in test_streams and test_stream_events, those of leases
+# in test_record_group_lifecycle.
 ELSEWHERE = {
+    "LEASE_LOST",
+    "REPORT_COMPLETED",
     "SERVER_DRAINING",
     "STREAM_STALLED",
     "MALFORMED_REQUEST",
@@ -191,6 +256,7 @@ async def fill(client: Client) -> None:
     await client.create_metric(id=M, key="requests", group_keys=[billable_metric_pb2.GroupKey(properties=["region"])])
     await client.create_customer(id=C, buyer_id="buyer", ingest_aliases=["taken"])
     await client.ingest(event("stored", at=datetime.now(UTC)))
+    await sell(client, buyer_id="buyer")
 
 
 @pytest.fixture
@@ -202,7 +268,7 @@ async def filled(client: Client) -> Client:
 
 async def test_every_reason_is_reached(database_url: str) -> None:
     """Each reason of the enum comes with its code and field path from the call that should bring it."""
-    assert set(GOLDEN) | ELSEWHERE == {reason.value for reason in Reason}
+    assert set(GOLDEN) | ELSEWHERE | OF_GROUPS == {reason.value for reason in Reason}
     async with running_server(database_url, time_limits=TimeLimits(oldest=timedelta(days=1000))) as client:
         await fill(client)
         for reason, (call, code, field) in GOLDEN.items():
@@ -226,6 +292,12 @@ async def test_the_metadata_names_what_collided(filled: Client) -> None:
         "BUYER_ID_IN_USE": {"buyer_id": "buyer"},
         "METRIC_KEY_IN_USE": {"key": "requests"},
         "NO_BILLING_PERIOD": {"id": C},
+        "ENTITLEMENT_NOT_FOUND": {"id": "nobody's"},
+        "PRODUCT_NOT_FOUND": {"id": "nobody's"},
+        "BUYER_NOT_FOUND": {"buyer_id": "no"},
+        "USAGE_RECORD_GROUP_NOT_FOUND": {"id": "nobody's"},
+        "USAGE_RECORD_REPORT_NOT_FOUND": {"id": UNKNOWN},
+        "STATUS_TRANSITION": {"id": "ent", "status": "ACTIVE"},
     }
     for reason, metadata in expected.items():
         assert (await fault_of(GOLDEN[reason][0](filled))).metadata == metadata

@@ -13,11 +13,24 @@ from alembic.runtime.migration import MigrationContext
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from metering.v1 import billable_metric_pb2, customer_pb2, error_reason_pb2, event_pb2, usage_pb2
+from metering.v1 import (
+    billable_metric_pb2,
+    customer_pb2,
+    entitlement_pb2,
+    error_reason_pb2,
+    event_pb2,
+    usage_pb2,
+    usage_record_group_pb2,
+    usage_record_report_pb2,
+)
 from service.database import Database
 from service.domain.customers import BillingFrequency
+from service.domain.entitlements import EntitlementStatus
 from service.domain.events import Verdict
 from service.domain.metrics import Aggregation
+from service.domain.partners import Partner
+from service.domain.record_groups import GroupStatus, RecordState, Source
+from service.domain.record_reports import ReportOutcome, ReportStatus
 from service.domain.windows import WindowSize
 from service.errors import Reason
 from service.migrations import is_current, upgrade
@@ -93,6 +106,13 @@ ENUMS: list[tuple[EnumTypeWrapper, str, type[enum.Enum]]] = [
     (event_pb2.Verdict, "VERDICT_", Verdict),
     (customer_pb2.BillingFrequency, "BILLING_FREQUENCY_", BillingFrequency),
     (error_reason_pb2.ErrorReason, "ERROR_REASON_", Reason),
+    (entitlement_pb2.Partner, "PARTNER_", Partner),
+    (entitlement_pb2.EntitlementStatus, "ENTITLEMENT_STATUS_", EntitlementStatus),
+    (usage_record_group_pb2.UsageRecordGroupSource, "USAGE_RECORD_GROUP_SOURCE_", Source),
+    (usage_record_group_pb2.UsageRecordGroupStatus, "USAGE_RECORD_GROUP_STATUS_", GroupStatus),
+    (usage_record_group_pb2.UsageRecordState, "USAGE_RECORD_STATE_", RecordState),
+    (usage_record_report_pb2.UsageRecordReportStatus, "USAGE_RECORD_REPORT_STATUS_", ReportStatus),
+    (usage_record_report_pb2.ReportOutcome, "REPORT_OUTCOME_", ReportOutcome),
 ]
 
 
@@ -102,7 +122,7 @@ def test_proto_enums_are_the_domains(wire: EnumTypeWrapper, prefix: str, domain:
     names = {number: name for name, number in wire.items()}
     assert names.pop(0) == f"{prefix}UNSPECIFIED"
     assert {name.removeprefix(prefix) for name in names.values()} == {one.name for one in domain}
-    if domain in {Aggregation, WindowSize, BillingFrequency, Reason}:  # these go by their values
+    if domain is not Verdict:  # all others go by their values
         assert {one.value for one in domain} == {one.name for one in domain}
 
 

@@ -32,6 +32,7 @@ from service import postgres as supervisor
 from service.cli import COMMANDS, main, operate
 from service.config import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Config
 from service.database import Database
+from service.domain.partners import with_changes
 from service.migrations import is_current, upgrade
 from service.postgres import EmbeddedPostgres, running_url
 from service.server import SERVICES, CannotServe, serving
@@ -670,12 +671,15 @@ SETTINGS: list[tuple[str, str, str, Any]] = [
     ("stream-stall", "2.5", "7", timedelta(seconds=2.5)),
     ("max-event-age", "48", "1", timedelta(hours=48)),
     ("max-event-lead", "0.5", "1", timedelta(minutes=30)),
+    ("partner-rule", "AWS.window_hours=6", "GCP.places=2", with_changes(["AWS.window_hours=6"])),
 ]
 
 
 def setting(config: Config | None, flag: str) -> Any:
     """The value in the configuration that a flag sets."""
     assert config is not None
+    if flag == "partner-rule":
+        return config.partner_rules
     if flag.startswith("max-event"):
         return config.time_limits.ahead if flag == "max-event-lead" else config.time_limits.oldest
     return getattr(config, flag.replace("-", "_"))

@@ -13,22 +13,41 @@ from faults import Fault, fault_of, until
 from google.protobuf import message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from marketplace import roll_up
 
-from metering.v1 import billable_metric_pb2, customer_pb2, event_pb2, usage_pb2
+from metering.v1 import (
+    billable_metric_pb2,
+    customer_pb2,
+    entitlement_pb2,
+    event_pb2,
+    usage_pb2,
+    usage_record_group_pb2,
+    usage_record_report_pb2,
+)
 from service.auth import TRUST_S, NewApiKey, new_api_key
 from service.config import Config
 from service.database import Database
 from service.domain.events import TimeLimits
+from service.domain.windows import cell_floor
 from service.server import CannotServe, serving
 from service.store import organizations
 from service.store.tables import METADATA
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-METRIC, CUSTOMER, BILLED = (f"00000000-0000-4000-8000-0000000000{i:02}" for i in range(3))
+IDS = [f"00000000-0000-4000-8000-0000000000{i:02}" for i in range(7)]
+METRIC, CUSTOMER, BILLED, PRODUCT, ENTITLEMENT, FAILED, WAITING = IDS
 UNKNOWN = "00000000-0000-4000-8000-00000000dead"
 MISSING = ("UNAUTHENTICATED", "CREDENTIAL_MISSING", None)
 REFUSED = ("UNAUTHENTICATED", "CREDENTIAL_INVALID", None)
-MODULES = (event_pb2, billable_metric_pb2, customer_pb2, usage_pb2)
+MODULES = (
+    event_pb2,
+    billable_metric_pb2,
+    customer_pb2,
+    usage_pb2,
+    entitlement_pb2,
+    usage_record_group_pb2,
+    usage_record_report_pb2,
+)
 METHODS = [
     method
     for module in MODULES
@@ -42,6 +61,7 @@ class Caller(NamedTuple):
 
     client: Client
     key: NewApiKey
+    database: Database | None = None
 
     @property
     def metadata(self) -> list[tuple[str, str]]:
@@ -95,7 +115,7 @@ async def both(database_url: str, database: Database) -> AsyncIterator[tuple[Cal
     """Two organizations on one server."""
     keys = [await new_key(database, name) for name in ("one", "two")]
     async with running_server(database_url) as client:
-        yield Caller(client, keys[0]), Caller(client, keys[1])
+        yield Caller(client, keys[0], database), Caller(client, keys[1], database)
 
 
 def usage_of(**fields: Any) -> dict[str, Any]:
@@ -158,7 +178,41 @@ READS: list[tuple[str, dict[str, Any]]] = [
     ("SearchEvents", {"transaction_ids": [f"e{i}" for i in range(3)]}),
     ("SearchEvents", {"customer_id": CUSTOMER}),
     ("SearchEvents", {"customer_id": "acme", "event_type": "request", "starting_on": timestamp(START)}),
+    # The records of groups are usage of today.
+    ("ListUsage", usage_of(window_size="WINDOW_SIZE_NONE", ending_before=timestamp(START + timedelta(days=36_500)))),
+    ("GetProduct", {"id": PRODUCT}),
+    ("ListProducts", {}),
+    ("GetEntitlement", {"id": ENTITLEMENT}),
+    ("ListEntitlements", {}),
+    ("ListEntitlements", {"product_id": PRODUCT, "buyer_id": "b", "partner": "PARTNER_AWS"}),
+    (
+        "BatchValidateUsageRecordGroups",
+        {
+            "groups": [
+                {"id": FAILED, "entitlement_id": ENTITLEMENT, "records": {"cpu": "1"}},
+                {"entitlement_id": ENTITLEMENT, "billable_records": [{"key": "sum", "quantity": "1"}]},
+            ]
+        },
+    ),
+    ("GetUsageRecordGroup", {"id": FAILED}),
+    ("GetUsageRecordGroup", {"id": WAITING}),
+    ("ListUsageRecordGroups", {}),
+    ("ListUsageRecordGroups", {"entitlement_id": ENTITLEMENT}),
+    ("ListUsageRecordGroups", {"product_id": PRODUCT, "meta_info": "source=API"}),
+    ("ListUsageRecordGroups", {"buyer_id": "b", "status": "USAGE_RECORD_GROUP_STATUS_REPORT_FAILED"}),
+    ("ListUsageRecordReports", {}),
+    ("ListUsageRecordReports", {"entitlement_id": ENTITLEMENT}),
+    ("ListUsageRecordReports", {"buyer_id": "b"}),
 ]
+# They find nothing where others answer NOT_FOUND.
+FINDERS = {
+    "ListCustomers",
+    "SearchEvents",
+    "ListEntitlements",
+    "BatchValidateUsageRecordGroups",
+    "ListUsageRecordGroups",
+    "ListUsageRecordReports",
+}
 WRITES: list[tuple[str, dict[str, Any]]] = [
     ("UpdateBillableMetric", {"billable_metric": {"id": METRIC, "name": "renamed"}}),
     ("SetIngestAliases", {"id": CUSTOMER, "ingest_aliases": ["other"]}),
@@ -174,6 +228,10 @@ WRITES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("UpdateCustomer", {"customer": {"id": CUSTOMER, "name": "renamed", "buyer_id": "other"}}),
+    ("UpdateProduct", {"product": {"id": PRODUCT, "name": "renamed"}}),
+    ("UpdateEntitlement", {"entitlement": {"id": ENTITLEMENT, "status": "ENTITLEMENT_STATUS_SUSPENDED"}}),
+    ("DeleteUsageRecordGroup", {"id": WAITING}),
+    ("RetryUsageRecordGroup", {"id": FAILED}),
     ("ArchiveCustomer", {"id": CUSTOMER}),
     ("ArchiveBillableMetric", {"id": METRIC}),
 ]
@@ -203,6 +261,22 @@ CREATES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("CreateCustomer", {"customer": {"id": CUSTOMER, "name": "Acme", "buyer_id": "b", "ingest_aliases": ["acme"]}}),
+    (
+        "CreateProduct",
+        {"product": {"id": PRODUCT, "name": "P", "partner": "PARTNER_AWS", "dimensions": [{"key": "cpu"}]}},
+    ),
+    (
+        "CreateEntitlement",
+        {
+            "entitlement": {
+                "id": ENTITLEMENT,
+                "product_id": PRODUCT,
+                "buyer_id": "b",
+                "starting_on": timestamp(START),
+                "billable_metric_keys": ["sum"],
+            }
+        },
+    ),
 ]
 
 
@@ -221,6 +295,21 @@ async def fill(caller: Caller, n: int, region: str) -> None:
     # A key that the customer gave up again.
     for aliases in (["acme", "given up"], ["acme"]):
         await caller.call("SetIngestAliases", id=CUSTOMER, ingest_aliases=aliases)
+    # A group that the marketplace refused, and one that waits.
+    await report_group(caller, FAILED, n)
+    assert caller.database is not None
+    assert await roll_up(caller.database) == 1
+    (report,) = (await caller.call("LeaseUsageRecordReports", lease_token="t")).usage_record_reports  # noqa: S106
+    outcomes = [{"key": "cpu", "outcome": "REPORT_OUTCOME_FAILED", "message": region}]
+    await caller.call("CompleteUsageRecordReport", id=report.id, lease_token="t", outcomes=outcomes)  # noqa: S106
+    await report_group(caller, WAITING, n)
+
+
+async def report_group(caller: Caller, group_id: str, n: int) -> None:
+    """Report a group that must be taken."""
+    group = {"id": group_id, "entitlement_id": ENTITLEMENT, "records": {"cpu": f"{n}.5"}}
+    (result,) = (await caller.call("ReportUsageRecordGroups", groups=[group])).results
+    assert result.verdict == event_pb2.VERDICT_ACCEPTED
 
 
 async def everything(caller: Caller) -> list[Any]:
@@ -241,7 +330,10 @@ async def everything(caller: Caller) -> list[Any]:
 
 def test_the_walk_is_whole() -> None:
     """Every method of every service is walked: a new one must be added here."""
-    walked = {method for method, _ in (*READS, *WRITES, *CREATES)} | {"IngestEvents", "StreamEvents"}
+    walked = {method for method, _ in (*READS, *WRITES, *CREATES)}
+    # These are in `fill`, or in tests of their own.
+    walked |= {"IngestEvents", "StreamEvents"}
+    walked |= {"ReportUsageRecordGroups", "LeaseUsageRecordReports", "CompleteUsageRecordReport"}
     assert walked == {method.name for method in METHODS}
 
 
@@ -257,11 +349,11 @@ async def test_an_empty_organization_stays_empty(both: tuple[Caller, Caller], da
     assert not any("acme" in str(answer).lower() or "north" in str(answer) for answer in before)
     # The other's ids answer exactly like ids that nobody has: code, text, reason and metadata.
     for method, fields in (*READS, *WRITES):
-        named = _with(fields, {METRIC, CUSTOMER, BILLED}, UNKNOWN)
-        if named == fields or method in {"ListCustomers", "SearchEvents"}:  # they find nothing, as READS tell
+        named = _with(fields, set(IDS), UNKNOWN)
+        if named == fields or method in FINDERS:
             continue
         theirs, nobodys = await two.faulted(method, **fields), await two.faulted(method, **named)
-        for known in (METRIC, CUSTOMER, BILLED):
+        for known in IDS:
             theirs = _renamed(theirs, known)
         assert theirs == _renamed(nobodys, UNKNOWN)
         assert theirs.code == "NOT_FOUND"
@@ -314,7 +406,7 @@ async def test_equal_ids_are_other_things(both: tuple[Caller, Caller], database:
         for fields in searches:
             events = (await caller.call("SearchEvents", **fields)).events
             assert {"e0", "e1", "e2"} <= {one.event.transaction_id for one in events}
-            assert {one.event.properties["region"] for one in events if one.matched_customer_id} == {region}
+            assert {one.event.properties["region"] for one in events if "region" in one.event.properties} == {region}
 
 
 async def test_tokens_are_of_one_organization(both: tuple[Caller, Caller]) -> None:
@@ -380,9 +472,38 @@ async def stored(database: Database, organization: str) -> dict[str, list[Any]]:
             if "organization_id" in table.c and table.name != "api_keys":
                 query = sa.select(table).where(table.c.organization_id == organization)
                 found[table.name] = sorted(map(str, await connection.execute(query)))
-    assert len(found) == 7
+    assert len(found) == 14
     assert all(found.values())
     return found
+
+
+async def test_reports_are_handed_to_their_own_reporters(both: tuple[Caller, Caller]) -> None:
+    """A lease hands out only the caller's reports, whatever token others hold; another's report answers NOT_FOUND."""
+    one, two = both
+    await fill(one, 1, "north")
+    await fill(two, 100, "south")
+    for caller in both:
+        await caller.call("RetryUsageRecordGroup", id=FAILED)
+    # The group before went into the report of this hour.
+    assert one.database is not None
+    assert await roll_up(one.database, cell_floor(datetime.now(UTC)) + timedelta(hours=1)) == 2
+    leased = {}
+    for caller, quantity in ((one, "3"), (two, "201")):
+        answer = await caller.call("LeaseUsageRecordReports", lease_token="both", max_reports=100)  # noqa: S106
+        (leased[caller.key.id],) = answer.usage_record_reports
+        assert leased[caller.key.id].records[0].quantity == quantity
+    outcomes = [{"key": "cpu", "outcome": "REPORT_OUTCOME_REPORTED"}]
+    for caller, other in ((one, two), (two, one)):
+        call: dict[str, Any] = {"lease_token": "both", "outcomes": outcomes}
+        theirs = await caller.faulted("CompleteUsageRecordReport", id=leased[other.key.id].id, **call)
+        nobodys = await caller.faulted("CompleteUsageRecordReport", id=UNKNOWN, **call)
+        assert _renamed(theirs, leased[other.key.id].id) == _renamed(nobodys, UNKNOWN)
+        assert theirs.code == "NOT_FOUND"
+    for caller in both:
+        answer = await caller.call("CompleteUsageRecordReport", id=leased[caller.key.id].id, **call)
+        assert answer.usage_record_report.id == leased[caller.key.id].id
+        serials = [one.serial_id for one in (await caller.call("ListUsageRecordGroups")).usage_record_groups]
+        assert serials == [2, 1]
 
 
 async def test_what_one_has_does_not_take_names_from_the_other(both: tuple[Caller, Caller]) -> None:

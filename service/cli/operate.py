@@ -93,7 +93,6 @@ def _read_partner_rules(_ctx: click.Context, _param: click.Parameter, changes: t
 )
 @click.option(
     "--partner-rule",
-    "partner_rules",
     envvar="METERING_PARTNER_RULE",
     multiple=True,
     metavar="PARTNER.RULE=NUMBER",
@@ -130,7 +129,7 @@ def serve(
     migrate: bool,
     max_event_age: float | None,
     max_event_lead: float,
-    partner_rules: Rules,
+    partner_rule: Rules,
     drain: float,
     stream_stall: float,
     allow_unsafe_database: bool,
@@ -152,7 +151,7 @@ def serve(
         drain=timedelta(seconds=drain),
         stream_stall=timedelta(seconds=stream_stall),
         time_limits=TimeLimits(ahead=timedelta(hours=max_event_lead), oldest=age),
-        partner_rules=partner_rules,
+        partner_rules=partner_rule,
     )
 
     def ready(addresses: list[str]) -> None:

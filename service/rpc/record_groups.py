@@ -1,17 +1,13 @@
 """The RPCs of UsageRecordGroupService."""
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
-
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from metering.v1 import usage_record_group_pb2 as pb
 from metering.v1 import usage_record_group_pb2_grpc
 from service.database import Database
 from service.domain import pages
-from service.domain.events import Verdict
 from service.domain.partners import Rules
-from service.domain.record_groups import PAGE_SIZE_MAX, StoredGroup
+from service.domain.record_groups import PAGE_SIZE_MAX
 from service.rpc.interceptor import Context, is_admin, organization
 from service.rpc.pages import PageTokens, fitting, scope
 from service.rpc.wire import in_slices
@@ -45,14 +41,12 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
     ) -> pb.ReportUsageRecordGroupsResponse:
         """See usage_record_group.proto."""
         items, org, admin = await wire.new_groups(request.groups, ids_required=True), organization(), is_admin()
-
-        async def work(connection: AsyncConnection) -> tuple[Sequence[intake.Result], dict[str, StoredGroup]]:
-            results = await intake.report_groups(connection, org, items, self._rules, admin=admin)
-            kept = [one.id for one in results if one.verdict is not Verdict.REJECTED]
-            return results, await store.groups_within(connection, org, kept, wire.ANSWER_BYTES_MAX)
-
-        found, stored = await self._database.write(work)
-        return pb.ReportUsageRecordGroupsResponse(results=wire.results(items, found, stored, org))
+        found = await self._database.write(
+            lambda c: intake.report_groups(
+                c, org, items, self._rules, admin=admin, shown_bytes_max=wire.ANSWER_BYTES_MAX
+            )
+        )
+        return pb.ReportUsageRecordGroupsResponse(results=wire.results(found, org))
 
     async def ListUsageRecordGroups(
         self, request: pb.ListUsageRecordGroupsRequest, context: Context

@@ -55,7 +55,7 @@ async def create_product(connection: AsyncConnection, organization: str, product
         .returning(products.c.id)
     )
     if (await connection.execute(statement)).first() is not None:
-        await ensure_record_metrics(connection, organization, _keys(product))
+        await ensure_record_metrics(connection, organization, _keys(product), "product.dimensions")
     else:
         await _was_created(connection, organization, products, product)
     return await get_product(connection, organization, product.id)
@@ -84,7 +84,7 @@ async def update_product(
     new = replace(old, **changes)
     if new == old:
         return old
-    await ensure_record_metrics(connection, organization, _keys(new))
+    await ensure_record_metrics(connection, organization, _keys(new), "product.dimensions")
     statement = (
         sa.update(products)
         .where(*_one(products, organization, product_id))
@@ -123,7 +123,7 @@ async def create_entitlement(connection: AsyncConnection, organization: str, ent
         .returning(entitlements.c.id)
     )
     if (await connection.execute(statement)).first() is not None:
-        await ensure_record_metrics(connection, organization, _keys(whole))
+        await ensure_record_metrics(connection, organization, _keys(whole), "entitlement.dimensions")
     else:
         await _was_created(connection, organization, entitlements, entitlement)
     return await _find_entitlement(connection, organization, entitlement.id, _ENTITLEMENTS)
@@ -201,7 +201,7 @@ async def update_entitlement(
         if not may_follow(old.status, new.status):
             raise _cannot_follow(old, new.status)
         new = replace(new, status_changes=await _status_changes(connection, old, new.status))
-    await ensure_record_metrics(connection, organization, _keys(new))
+    await ensure_record_metrics(connection, organization, _keys(new), "entitlement.dimensions")
     statement = (
         sa.update(entitlements)
         .where(*_one(entitlements, organization, entitlement_id))

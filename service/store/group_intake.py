@@ -21,6 +21,7 @@ from service.domain.record_groups import (
     NewGroup,
     Record,
     RecordState,
+    StoredGroup,
     allocations_json,
     duplicates,
     instant_text,
@@ -32,7 +33,7 @@ from service.store import entitlements as entitlement_store
 from service.store import events as event_store
 from service.store import metrics as metric_store
 from service.store import organizations
-from service.store.record_groups import transaction_id
+from service.store.record_groups import groups_within, transaction_id
 from service.store.tables import INSTANT, NUMERIC, texts, usage_record_groups, usage_records, uuids
 from service.store.tables import organizations as organizations_table
 
@@ -50,6 +51,13 @@ class Result(NamedTuple):
     id: str
     verdict: Verdict
     violations: Sequence[Violation] = ()
+
+
+class Reported(NamedTuple):
+    """What became of a batch, and the groups stored under its ids."""
+
+    results: Sequence[Result]
+    groups: Mapping[str, StoredGroup]
 
 
 class _Judged(NamedTuple):
@@ -74,9 +82,17 @@ async def validate_groups(
 
 
 async def report_groups(
-    connection: AsyncConnection, organization: str, items: Sequence[Item], rules: Rules, *, admin: bool
-) -> list[Result]:
-    """Store the groups that are new and valid, and their records as usage of the buyers; one result per group.
+    connection: AsyncConnection,
+    organization: str,
+    items: Sequence[Item],
+    rules: Rules,
+    *,
+    admin: bool,
+    shown_bytes_max: int,
+) -> Reported:
+    """Store the groups that are new and valid, and their records as usage of the buyers.
+
+    Returns one result per group, and what is stored under their ids, as much of it as takes about `shown_bytes_max`.
 
     A stored id is answered before any rule that time or the catalog could have changed. Locks are taken in the order of
     all writers: the organization's, groups, events, cells.
@@ -100,7 +116,8 @@ async def report_groups(
             results.append(Result(group.id, Verdict.DUPLICATE))
         else:
             results.append(Result(group.id, Verdict.CONFLICT, [_CONFLICT]))
-    return results
+    kept = [one.id for one in results if one.verdict is not Verdict.REJECTED]
+    return Reported(results, await groups_within(connection, organization, kept, shown_bytes_max))
 
 
 def _apart(items: Sequence[Item]) -> tuple[list[NewGroup], list[Sequence[Violation]]]:
@@ -160,7 +177,7 @@ async def _store(
         return set()
     records = {group.id: resolved(group, entitlements[group.entitlement_id]) for group in groups}
     keys = {record.key for found in records.values() for record in found}
-    await metric_store.ensure_record_metrics(connection, organization, keys)
+    await metric_store.ensure_record_metrics(connection, organization, keys, "groups")
     columns = organizations_table.c
     serials = (
         sa.update(organizations_table)

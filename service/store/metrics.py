@@ -63,7 +63,8 @@ async def create_metric(connection: AsyncConnection, organization: str, metric: 
     )
     if (await connection.execute(statement)).first() is not None:
         await organizations.bump_catalog_version(connection, organization)
-        await ensure_record_metrics(connection, organization, [metric.key] if metric.key else [])
+        keys = [metric.key] if metric.key else []
+        await ensure_record_metrics(connection, organization, keys, "billable_metric.key")
         return await get_metric(connection, organization, metric.id)
     query = sa.select(billable_metrics.c.create_digest).where(*_one(organization, metric.id))
     digest = (await connection.execute(query)).scalar_one_or_none()
@@ -154,11 +155,14 @@ async def metrics_by_key(
     return {str(metric.key): metric for metric in found}
 
 
-async def ensure_record_metrics(connection: AsyncConnection, organization: str, keys: Collection[str]) -> None:
+async def ensure_record_metrics(
+    connection: AsyncConnection, organization: str, keys: Collection[str], field: str
+) -> None:
     """Make the record metrics of those of the keys that have none.
 
     They need no lock and no new version of the catalog: no event can have been made from records of such a key yet, and
-    the statements of writers hold no record metrics. Raises InvalidArgument when the organization has too many.
+    the statements of writers hold no record metrics. Raises InvalidArgument of the `field` that names the keys when the
+    organization would have too many.
     """
     if not keys:
         return
@@ -182,7 +186,7 @@ async def ensure_record_metrics(connection: AsyncConnection, organization: str, 
     stored = sa.select(sa.func.count()).where(columns.organization_id == organization, columns.record_key.is_not(None))
     if (await connection.execute(stored)).scalar_one() + len(rows) > RECORD_KEYS_MAX:
         message = f"would be too many keys of usage records: an organization can have {RECORD_KEYS_MAX:,}"
-        raise invalid("key", Reason.LIMIT_EXCEEDED, message)
+        raise invalid(field, Reason.LIMIT_EXCEEDED, message)
     await connection.execute(insert(billable_metrics).values(rows).on_conflict_do_nothing())
 
 

@@ -121,9 +121,10 @@ class BillableMetric(_message.Message):
     backfill_progress: _builtins.float
     """Share of the past already counted, [0, 1); unset once all of it is. Output only. For display, not a quantity."""
     record_key: _builtins.str
-    """If not empty, this is the record metric of a key, made by the server together with the dimension or the metric that has the
-    key: it sums the quantities that usage record groups report under it (events made of groups, see StoredEvent), and no other metric
-    counts those. It cannot be archived, and does not count against the number of metrics. Output only.
+    """If not empty, this is the record metric of a key, made by the server together with the dimension or the metric that
+    has the key: it sums the quantities that usage record groups report under it (events made of groups, see
+    StoredEvent), and no other metric counts those. It cannot be archived, and does not count against the number of
+    metrics. Output only.
     """
     @_builtins.property
     def event_type_filter(self) -> Global___EventTypeFilter:
@@ -208,8 +209,8 @@ Global___EventTypeFilter: _TypeAlias = EventTypeFilter  # noqa: Y015
 
 @_typing.final
 class PropertyFilter(_message.Message):
-    """A condition on one property. Values are compared by their canonical string: the number `60` equals `"60"`; JSON
-    null counts as absent; lists and objects compare as their JSON text in the form of Postgres' jsonb (`[1, 2.5]`; shorter
+    """A condition on one property. Values are compared by their canonical string: the number `60` equals `"60"`; JSON null
+    counts as absent; lists and objects compare as their JSON text in the form of Postgres' jsonb (`[1, 2.5]`; shorter
     names of an object first).
     """
 

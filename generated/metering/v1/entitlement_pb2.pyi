@@ -100,8 +100,8 @@ class Dimension(_message.Message):
     key: _builtins.str
     """The key under which the marketplace knows it. Required, 1..128 characters, different from the other keys."""
     name: _builtins.str
-    """For people. At most 128 characters; empty = the key. A name that two dimensions have, or that is another's key, cannot be
-    used in records.
+    """For people. At most 128 characters; empty = the key. A name that two dimensions have, or that is another's key,
+    cannot be used in records.
     """
     def __init__(
         self,
@@ -212,8 +212,8 @@ class Entitlement(_message.Message):
     product_id: _builtins.str
     """The product bought. Required; cannot change."""
     buyer_id: _builtins.str
-    """The customer who bought it, by `Customer.buyer_id`. Required; cannot change (the customer's own `buyer_id` can, and is
-    then shown here).
+    """The customer who bought it, by `Customer.buyer_id`. Required; cannot change (the customer's own `buyer_id` can, and
+    is then shown here).
     """
     partner: Global___Partner.ValueType
     """Where it was bought: the product's partner. At creation it may be left out; if given it must be the product's."""
@@ -252,9 +252,9 @@ class Entitlement(_message.Message):
     @_builtins.property
     def carried_quantities(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What was used and not reported because the partner takes whole numbers, by dimension: reports that did not fail,
-        what went into them minus what they reported. The next report takes it up; of an ended entitlement it shows what was
-        never billed. Negative after a report failed whose rest a later one had used. Decimal. Output only; only
-        in the answer of GetEntitlement.
+        what went into them minus what they reported. The next report takes it up; of an ended entitlement it shows what
+        was never billed. Negative after a report failed whose rest a later one had used. Decimal. Output only; only in the
+        answer of GetEntitlement.
         """
 
     def __init__(
@@ -695,8 +695,8 @@ class UpdateEntitlementRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to change, of `name`, `status`, `ending_before`, `dimensions` and `billable_metric_keys`. Empty = those of
-        them that are set.
+        """The fields to change, of `name`, `status`, `ending_before`, `dimensions` and `billable_metric_keys`. Empty = those
+        of them that are set.
         """
 
     def __init__(

@@ -137,8 +137,8 @@ class EntitlementServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListEntitlements(self, request, context):
-        """Lists entitlements in the byte order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad filter, page size
-        or token.
+        """Lists entitlements in the byte order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad filter, page
+        size or token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,9 +150,9 @@ class EntitlementServiceServicer:
         when their hour is rolled up.
 
         Fails with NOT_FOUND (ENTITLEMENT_NOT_FOUND), INVALID_ARGUMENT, and FAILED_PRECONDITION (STATUS_TRANSITION) when
-        the new status cannot follow the old: PENDING_START is followed by ACTIVE, CANCELLED or DELETED; ACTIVE by SUSPENDED,
-        PENDING_CANCEL, CANCELLED or DELETED; SUSPENDED and PENDING_CANCEL by each other, ACTIVE, CANCELLED or DELETED; CANCELLED
-        by DELETED.
+        the new status cannot follow the old: PENDING_START is followed by ACTIVE, CANCELLED or DELETED; ACTIVE by
+        SUSPENDED, PENDING_CANCEL, CANCELLED or DELETED; SUSPENDED and PENDING_CANCEL by each other, ACTIVE, CANCELLED or
+        DELETED; CANCELLED by DELETED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -60,8 +60,8 @@ class EntitlementServiceStub:
     Read-only.
     """
     ListEntitlements: _grpc.UnaryUnaryMultiCallable[_entitlement_pb2.ListEntitlementsRequest, _entitlement_pb2.ListEntitlementsResponse]
-    """Lists entitlements in the byte order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad filter, page size
-    or token.
+    """Lists entitlements in the byte order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad filter, page
+    size or token.
     """
     UpdateEntitlement: _grpc.UnaryUnaryMultiCallable[_entitlement_pb2.UpdateEntitlementRequest, _entitlement_pb2.UpdateEntitlementResponse]
     """Changes an entitlement: `name`, `status`, `ending_before`, `dimensions` or `billable_metric_keys`. Idempotent; a
@@ -69,9 +69,9 @@ class EntitlementServiceStub:
     when their hour is rolled up.
 
     Fails with NOT_FOUND (ENTITLEMENT_NOT_FOUND), INVALID_ARGUMENT, and FAILED_PRECONDITION (STATUS_TRANSITION) when
-    the new status cannot follow the old: PENDING_START is followed by ACTIVE, CANCELLED or DELETED; ACTIVE by SUSPENDED,
-    PENDING_CANCEL, CANCELLED or DELETED; SUSPENDED and PENDING_CANCEL by each other, ACTIVE, CANCELLED or DELETED; CANCELLED
-    by DELETED.
+    the new status cannot follow the old: PENDING_START is followed by ACTIVE, CANCELLED or DELETED; ACTIVE by
+    SUSPENDED, PENDING_CANCEL, CANCELLED or DELETED; SUSPENDED and PENDING_CANCEL by each other, ACTIVE, CANCELLED or
+    DELETED; CANCELLED by DELETED.
     """
 
 @_typing.type_check_only
@@ -106,8 +106,8 @@ class EntitlementServiceAsyncStub(EntitlementServiceStub):
     Read-only.
     """
     ListEntitlements: _aio.UnaryUnaryMultiCallable[_entitlement_pb2.ListEntitlementsRequest, _entitlement_pb2.ListEntitlementsResponse]  # type: ignore[assignment]
-    """Lists entitlements in the byte order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad filter, page size
-    or token.
+    """Lists entitlements in the byte order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad filter, page
+    size or token.
     """
     UpdateEntitlement: _aio.UnaryUnaryMultiCallable[_entitlement_pb2.UpdateEntitlementRequest, _entitlement_pb2.UpdateEntitlementResponse]  # type: ignore[assignment]
     """Changes an entitlement: `name`, `status`, `ending_before`, `dimensions` or `billable_metric_keys`. Idempotent; a
@@ -115,9 +115,9 @@ class EntitlementServiceAsyncStub(EntitlementServiceStub):
     when their hour is rolled up.
 
     Fails with NOT_FOUND (ENTITLEMENT_NOT_FOUND), INVALID_ARGUMENT, and FAILED_PRECONDITION (STATUS_TRANSITION) when
-    the new status cannot follow the old: PENDING_START is followed by ACTIVE, CANCELLED or DELETED; ACTIVE by SUSPENDED,
-    PENDING_CANCEL, CANCELLED or DELETED; SUSPENDED and PENDING_CANCEL by each other, ACTIVE, CANCELLED or DELETED; CANCELLED
-    by DELETED.
+    the new status cannot follow the old: PENDING_START is followed by ACTIVE, CANCELLED or DELETED; ACTIVE by
+    SUSPENDED, PENDING_CANCEL, CANCELLED or DELETED; SUSPENDED and PENDING_CANCEL by each other, ACTIVE, CANCELLED or
+    DELETED; CANCELLED by DELETED.
     """
 
 class EntitlementServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -191,8 +191,8 @@ class EntitlementServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _entitlement_pb2.ListEntitlementsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_entitlement_pb2.ListEntitlementsResponse, _abc.Awaitable[_entitlement_pb2.ListEntitlementsResponse]]:
-        """Lists entitlements in the byte order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad filter, page size
-        or token.
+        """Lists entitlements in the byte order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad filter, page
+        size or token.
         """
 
     @_abc_1.abstractmethod
@@ -206,9 +206,9 @@ class EntitlementServiceServicer(metaclass=_abc_1.ABCMeta):
         when their hour is rolled up.
 
         Fails with NOT_FOUND (ENTITLEMENT_NOT_FOUND), INVALID_ARGUMENT, and FAILED_PRECONDITION (STATUS_TRANSITION) when
-        the new status cannot follow the old: PENDING_START is followed by ACTIVE, CANCELLED or DELETED; ACTIVE by SUSPENDED,
-        PENDING_CANCEL, CANCELLED or DELETED; SUSPENDED and PENDING_CANCEL by each other, ACTIVE, CANCELLED or DELETED; CANCELLED
-        by DELETED.
+        the new status cannot follow the old: PENDING_START is followed by ACTIVE, CANCELLED or DELETED; ACTIVE by
+        SUSPENDED, PENDING_CANCEL, CANCELLED or DELETED; SUSPENDED and PENDING_CANCEL by each other, ACTIVE, CANCELLED or
+        DELETED; CANCELLED by DELETED.
         """
 
 def add_EntitlementServiceServicer_to_server(servicer: EntitlementServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -81,8 +81,8 @@ class _UsageRecordGroupStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper
     USAGE_RECORD_GROUP_STATUS_DELETED: _UsageRecordGroupStatus.ValueType  # 2
     """Deleted; it counts nowhere."""
     USAGE_RECORD_GROUP_STATUS_INVALID: _UsageRecordGroupStatus.ValueType  # 3
-    """It did not validate any more when its hour was rolled up (see `invalid_reasons`). It can only be deleted; until then it
-    counts as usage.
+    """It did not validate any more when its hour was rolled up (see `invalid_reasons`). It can only be deleted; until
+    then it counts as usage.
     """
     USAGE_RECORD_GROUP_STATUS_REPORTED: _UsageRecordGroupStatus.ValueType  # 4
     """All its records were taken by the marketplace."""
@@ -101,8 +101,8 @@ USAGE_RECORD_GROUP_STATUS_CREATED: UsageRecordGroupStatus.ValueType  # 1
 USAGE_RECORD_GROUP_STATUS_DELETED: UsageRecordGroupStatus.ValueType  # 2
 """Deleted; it counts nowhere."""
 USAGE_RECORD_GROUP_STATUS_INVALID: UsageRecordGroupStatus.ValueType  # 3
-"""It did not validate any more when its hour was rolled up (see `invalid_reasons`). It can only be deleted; until then it
-counts as usage.
+"""It did not validate any more when its hour was rolled up (see `invalid_reasons`). It can only be deleted; until
+then it counts as usage.
 """
 USAGE_RECORD_GROUP_STATUS_REPORTED: UsageRecordGroupStatus.ValueType  # 4
 """All its records were taken by the marketplace."""
@@ -373,12 +373,14 @@ class UsageRecordGroupMetaInfo(_message.Message):
 
     @_builtins.property
     def billable_records(self) -> _containers.RepeatedCompositeFieldContainer[Global___BillableRecord]:
-        """The billable records as reported. In a new group the same as the group's `billable_records`, of which one is enough."""
+        """The billable records as reported. In a new group the same as the group's `billable_records`, of which one is
+        enough.
+        """
 
     @_builtins.property
     def origin_records(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The records as reported: `UsageRecordGroup.records` has the keys they were resolved to. Set by the server; if given in a new
-        group it must equal its `records`.
+        """The records as reported: `UsageRecordGroup.records` has the keys they were resolved to. Set by the server; if given
+        in a new group it must equal its `records`.
         """
 
     @_builtins.property
@@ -464,13 +466,15 @@ class NewUsageRecordGroup(_message.Message):
     TIMESTAMP_FIELD_NUMBER: _builtins.int
     META_INFO_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """The caller's id: what makes a retry safe. 1..36 characters, the first of them not a blank. Required to report, optional to validate."""
+    """The caller's id: what makes a retry safe. 1..36 characters, no control characters, not only
+    blanks. Required to report, optional to validate.
+    """
     entitlement_id: _builtins.str
     """The entitlement it was used under. Required."""
     @_builtins.property
     def records(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """v1: how much was used, by dimension key or name. Decimals as in BillableRecord. At most 200; an empty map is an absent one.
-        Exactly one of `records` and `billable_records` is given, and not all quantities are zero.
+        """v1: how much was used, by dimension key or name. Decimals as in BillableRecord. At most 200; an empty map is an
+        absent one. Exactly one of `records` and `billable_records` is given, and not all quantities are zero.
         """
 
     @_builtins.property
@@ -479,8 +483,8 @@ class NewUsageRecordGroup(_message.Message):
 
     @_builtins.property
     def timestamp(self) -> _timestamp_pb2.Timestamp:
-        """When the usage was. Default: when it is reported. Inside the entitlement's term, not ahead of the server's clock by more
-        than five minutes, and as late as the partner allows.
+        """When the usage was. Default: when it is reported. Inside the entitlement's term, not ahead of the server's clock by
+        more than five minutes, and as late as the partner allows.
         """
 
     @_builtins.property
@@ -820,8 +824,8 @@ class UsageRecordGroupResult(_message.Message):
     id: _builtins.str
     """Its id."""
     verdict: _event_pb2.Verdict.ValueType
-    """ACCEPTED: stored, and counted. DUPLICATE: it was stored before with the same content (a timestamp that was left out is not part
-    of it). CONFLICT: it was stored before with other content; nothing changed. REJECTED: it has faults.
+    """ACCEPTED: stored, and counted. DUPLICATE: it was stored before with the same content (a timestamp that was left out
+    is not part of it). CONFLICT: it was stored before with other content; nothing changed. REJECTED: it has faults.
     """
     violation_count: _builtins.int
     """How many faults it has."""
@@ -831,8 +835,8 @@ class UsageRecordGroupResult(_message.Message):
 
     @_builtins.property
     def group(self) -> Global___UsageRecordGroup:
-        """The group as stored, for ACCEPTED, DUPLICATE and CONFLICT. Left out when the answer would become larger than 3 MiB: see
-        GetUsageRecordGroup.
+        """The group as stored, for ACCEPTED, DUPLICATE and CONFLICT. Left out when the answer would become larger than 3 MiB:
+        see GetUsageRecordGroup.
         """
 
     def __init__(
@@ -908,9 +912,10 @@ class ListUsageRecordGroupsRequest(_message.Message):
     source: Global___UsageRecordGroupSource.ValueType
     """Only groups from this source; NONE = groups without one."""
     meta_info: _builtins.str
-    """Only groups whose meta_info holds this: `name=value` with the name of a field of UsageRecordGroupMetaInfo that is not a list or
-    map, or a JSON object that is contained in it, with this file's field names: `{"billable_records":[{"key":"cpu"}]}`. Decimals and
-    times are JSON strings (`2026-01-31T00:00:00Z`), sources are `API`. At most 4 KiB.
+    """Only groups whose meta_info holds this: `name=value` with the name of a field of UsageRecordGroupMetaInfo that is
+    not a list or map, or a JSON object that is contained in it, with this file's field names:
+    `{"billable_records":[{"key":"cpu"}]}`. Decimals and times are JSON strings (`2026-01-31T00:00:00Z`), sources are
+    `API`. At most 4 KiB.
     """
     start_date: _builtins.str
     """Only groups stored on this UTC day or later, `YYYY-MM-DD`. Default: 30 days before `end_date`."""
@@ -923,8 +928,8 @@ class ListUsageRecordGroupsRequest(_message.Message):
     must be those of the first page.
     """
     skip: _builtins.int
-    """So many groups are passed over before this page begins, from where the token leads. 0..1,000,000. Its cost grows with the
-    number; a token's does not.
+    """So many groups are passed over before this page begins, from where the token leads. 0..1,000,000. Its cost grows
+    with the number; a token's does not.
     """
     def __init__(
         self,

@@ -84,8 +84,8 @@ class UsageRecordGroupServiceServicer:
     """
 
     def BatchValidateUsageRecordGroups(self, request, context):
-        """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same function.
-        Writes nothing. A faulty group is an answer, not an error of the call.
+        """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same
+        function. Writes nothing. A faulty group is an answer, not an error of the call.
 
         Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000.
         """
@@ -98,8 +98,8 @@ class UsageRecordGroupServiceServicer:
         REJECTED never sinks the others.
 
         Safe to retry with the same groups: what was stored is answered DUPLICATE and counts once. That answer comes before
-        any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken connection the
-        outcome is unknown: send the same groups with the same ids again.
+        any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken
+        connection the outcome is unknown: send the same groups with the same ids again.
 
         Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, RESOURCE_EXHAUSTED (retry later) when
         the server has too much in flight, UNAVAILABLE when the database does not answer.
@@ -112,8 +112,8 @@ class UsageRecordGroupServiceServicer:
         """Lists groups, the newest first; deleted ones too, unless the filters leave them out. A group that is reported while
         pages are read does not move the others. Read-only.
 
-        Fails with INVALID_ARGUMENT on a bad filter, on more than one of partner, product, entitlement and buyer, on reversed
-        dates, or on a bad page size, skip or token.
+        Fails with INVALID_ARGUMENT on a bad filter, on more than one of partner, product, entitlement and buyer, on
+        reversed dates, or on a bad page size, skip or token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,8 +127,8 @@ class UsageRecordGroupServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteUsageRecordGroup(self, request, context):
-        """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The id
-        stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
+        """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The
+        id stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
         (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -136,8 +136,8 @@ class UsageRecordGroupServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RetryUsageRecordGroup(self, request, context):
-        """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED. Records of
-        it that were reported stay so. Idempotent: a CREATED group is left as it is. Fails with NOT_FOUND
+        """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED.
+        Records of it that were reported stay so. Idempotent: a CREATED group is left as it is. Fails with NOT_FOUND
         (USAGE_RECORD_GROUP_NOT_FOUND) and FAILED_PRECONDITION (STATUS_TRANSITION) on any other group.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

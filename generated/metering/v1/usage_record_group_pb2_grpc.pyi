@@ -41,8 +41,8 @@ class UsageRecordGroupServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> UsageRecordGroupServiceAsyncStub: ...
     BatchValidateUsageRecordGroups: _grpc.UnaryUnaryMultiCallable[_usage_record_group_pb2.BatchValidateUsageRecordGroupsRequest, _usage_record_group_pb2.BatchValidateUsageRecordGroupsResponse]
-    """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same function.
-    Writes nothing. A faulty group is an answer, not an error of the call.
+    """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same
+    function. Writes nothing. A faulty group is an answer, not an error of the call.
 
     Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000.
     """
@@ -51,8 +51,8 @@ class UsageRecordGroupServiceStub:
     REJECTED never sinks the others.
 
     Safe to retry with the same groups: what was stored is answered DUPLICATE and counts once. That answer comes before
-    any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken connection the
-    outcome is unknown: send the same groups with the same ids again.
+    any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken
+    connection the outcome is unknown: send the same groups with the same ids again.
 
     Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, RESOURCE_EXHAUSTED (retry later) when
     the server has too much in flight, UNAVAILABLE when the database does not answer.
@@ -61,19 +61,19 @@ class UsageRecordGroupServiceStub:
     """Lists groups, the newest first; deleted ones too, unless the filters leave them out. A group that is reported while
     pages are read does not move the others. Read-only.
 
-    Fails with INVALID_ARGUMENT on a bad filter, on more than one of partner, product, entitlement and buyer, on reversed
-    dates, or on a bad page size, skip or token.
+    Fails with INVALID_ARGUMENT on a bad filter, on more than one of partner, product, entitlement and buyer, on
+    reversed dates, or on a bad page size, skip or token.
     """
     GetUsageRecordGroup: _grpc.UnaryUnaryMultiCallable[_usage_record_group_pb2.GetUsageRecordGroupRequest, _usage_record_group_pb2.GetUsageRecordGroupResponse]
     """Returns one group. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND). Read-only."""
     DeleteUsageRecordGroup: _grpc.UnaryUnaryMultiCallable[_usage_record_group_pb2.DeleteUsageRecordGroupRequest, _usage_record_group_pb2.DeleteUsageRecordGroupResponse]
-    """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The id
-    stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
+    """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The
+    id stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
     (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report.
     """
     RetryUsageRecordGroup: _grpc.UnaryUnaryMultiCallable[_usage_record_group_pb2.RetryUsageRecordGroupRequest, _usage_record_group_pb2.RetryUsageRecordGroupResponse]
-    """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED. Records of
-    it that were reported stay so. Idempotent: a CREATED group is left as it is. Fails with NOT_FOUND
+    """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED.
+    Records of it that were reported stay so. Idempotent: a CREATED group is left as it is. Fails with NOT_FOUND
     (USAGE_RECORD_GROUP_NOT_FOUND) and FAILED_PRECONDITION (STATUS_TRANSITION) on any other group.
     """
 
@@ -90,8 +90,8 @@ class UsageRecordGroupServiceAsyncStub(UsageRecordGroupServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     BatchValidateUsageRecordGroups: _aio.UnaryUnaryMultiCallable[_usage_record_group_pb2.BatchValidateUsageRecordGroupsRequest, _usage_record_group_pb2.BatchValidateUsageRecordGroupsResponse]  # type: ignore[assignment]
-    """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same function.
-    Writes nothing. A faulty group is an answer, not an error of the call.
+    """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same
+    function. Writes nothing. A faulty group is an answer, not an error of the call.
 
     Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000.
     """
@@ -100,8 +100,8 @@ class UsageRecordGroupServiceAsyncStub(UsageRecordGroupServiceStub):
     REJECTED never sinks the others.
 
     Safe to retry with the same groups: what was stored is answered DUPLICATE and counts once. That answer comes before
-    any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken connection the
-    outcome is unknown: send the same groups with the same ids again.
+    any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken
+    connection the outcome is unknown: send the same groups with the same ids again.
 
     Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, RESOURCE_EXHAUSTED (retry later) when
     the server has too much in flight, UNAVAILABLE when the database does not answer.
@@ -110,19 +110,19 @@ class UsageRecordGroupServiceAsyncStub(UsageRecordGroupServiceStub):
     """Lists groups, the newest first; deleted ones too, unless the filters leave them out. A group that is reported while
     pages are read does not move the others. Read-only.
 
-    Fails with INVALID_ARGUMENT on a bad filter, on more than one of partner, product, entitlement and buyer, on reversed
-    dates, or on a bad page size, skip or token.
+    Fails with INVALID_ARGUMENT on a bad filter, on more than one of partner, product, entitlement and buyer, on
+    reversed dates, or on a bad page size, skip or token.
     """
     GetUsageRecordGroup: _aio.UnaryUnaryMultiCallable[_usage_record_group_pb2.GetUsageRecordGroupRequest, _usage_record_group_pb2.GetUsageRecordGroupResponse]  # type: ignore[assignment]
     """Returns one group. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND). Read-only."""
     DeleteUsageRecordGroup: _aio.UnaryUnaryMultiCallable[_usage_record_group_pb2.DeleteUsageRecordGroupRequest, _usage_record_group_pb2.DeleteUsageRecordGroupResponse]  # type: ignore[assignment]
-    """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The id
-    stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
+    """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The
+    id stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
     (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report.
     """
     RetryUsageRecordGroup: _aio.UnaryUnaryMultiCallable[_usage_record_group_pb2.RetryUsageRecordGroupRequest, _usage_record_group_pb2.RetryUsageRecordGroupResponse]  # type: ignore[assignment]
-    """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED. Records of
-    it that were reported stay so. Idempotent: a CREATED group is left as it is. Fails with NOT_FOUND
+    """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED.
+    Records of it that were reported stay so. Idempotent: a CREATED group is left as it is. Fails with NOT_FOUND
     (USAGE_RECORD_GROUP_NOT_FOUND) and FAILED_PRECONDITION (STATUS_TRANSITION) on any other group.
     """
 
@@ -142,8 +142,8 @@ class UsageRecordGroupServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _usage_record_group_pb2.BatchValidateUsageRecordGroupsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_usage_record_group_pb2.BatchValidateUsageRecordGroupsResponse, _abc.Awaitable[_usage_record_group_pb2.BatchValidateUsageRecordGroupsResponse]]:
-        """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same function.
-        Writes nothing. A faulty group is an answer, not an error of the call.
+        """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same
+        function. Writes nothing. A faulty group is an answer, not an error of the call.
 
         Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000.
         """
@@ -158,8 +158,8 @@ class UsageRecordGroupServiceServicer(metaclass=_abc_1.ABCMeta):
         REJECTED never sinks the others.
 
         Safe to retry with the same groups: what was stored is answered DUPLICATE and counts once. That answer comes before
-        any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken connection the
-        outcome is unknown: send the same groups with the same ids again.
+        any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken
+        connection the outcome is unknown: send the same groups with the same ids again.
 
         Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, RESOURCE_EXHAUSTED (retry later) when
         the server has too much in flight, UNAVAILABLE when the database does not answer.
@@ -174,8 +174,8 @@ class UsageRecordGroupServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists groups, the newest first; deleted ones too, unless the filters leave them out. A group that is reported while
         pages are read does not move the others. Read-only.
 
-        Fails with INVALID_ARGUMENT on a bad filter, on more than one of partner, product, entitlement and buyer, on reversed
-        dates, or on a bad page size, skip or token.
+        Fails with INVALID_ARGUMENT on a bad filter, on more than one of partner, product, entitlement and buyer, on
+        reversed dates, or on a bad page size, skip or token.
         """
 
     @_abc_1.abstractmethod
@@ -192,8 +192,8 @@ class UsageRecordGroupServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _usage_record_group_pb2.DeleteUsageRecordGroupRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_usage_record_group_pb2.DeleteUsageRecordGroupResponse, _abc.Awaitable[_usage_record_group_pb2.DeleteUsageRecordGroupResponse]]:
-        """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The id
-        stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
+        """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The
+        id stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
         (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report.
         """
 
@@ -203,8 +203,8 @@ class UsageRecordGroupServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _usage_record_group_pb2.RetryUsageRecordGroupRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_usage_record_group_pb2.RetryUsageRecordGroupResponse, _abc.Awaitable[_usage_record_group_pb2.RetryUsageRecordGroupResponse]]:
-        """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED. Records of
-        it that were reported stay so. Idempotent: a CREATED group is left as it is. Fails with NOT_FOUND
+        """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED.
+        Records of it that were reported stay so. Idempotent: a CREATED group is left as it is. Fails with NOT_FOUND
         (USAGE_RECORD_GROUP_NOT_FOUND) and FAILED_PRECONDITION (STATUS_TRANSITION) on any other group.
         """
 

@@ -91,8 +91,8 @@ class UsageRecordReportRecord(_message.Message):
     key: _builtins.str
     """The dimension key, or the key of the billable metric."""
     quantity: _builtins.str
-    """What the marketplace is told: the largest whole number (where the partner takes whole numbers) in what was carried plus
-    what was used, at least 0 and at most what the partner takes in one record. 0 = nothing to tell.
+    """What the marketplace is told: the largest whole number (where the partner takes whole numbers) in what was carried
+    plus what was used, at least 0 and at most what the partner takes in one record. 0 = nothing to tell.
     """
     used_quantity: _builtins.str
     """What was used: the sum of the records in this report."""
@@ -311,8 +311,8 @@ class LeaseUsageRecordReportsRequest(_message.Message):
     partner: _entitlement_pb2.Partner.ValueType
     """Only reports of this partner."""
     max_reports: _builtins.int
-    """Most reports wanted. 0 = 25; values above 100 are taken as 100; negative is INVALID_ARGUMENT. Fewer are handed out when they
-    hold more than 5,000 records together.
+    """Most reports wanted. 0 = 25; values above 100 are taken as 100; negative is INVALID_ARGUMENT. Fewer are handed out
+    when they hold more than 5,000 records together.
     """
     @_builtins.property
     def lease_duration(self) -> _duration_pb2.Duration:

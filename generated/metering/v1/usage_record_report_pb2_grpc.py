@@ -29,9 +29,10 @@ class UsageRecordReportServiceStub:
     """The marketplace reporter's side: hourly roll-ups of usage record groups, handed out one reporter at a time and
     answered record by record.
 
-    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which
-    never changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that come
-    late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one hour.
+    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which never
+    changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
+    come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
+    hour.
     """
 
     def __init__(self, channel):
@@ -61,38 +62,39 @@ class UsageRecordReportServiceServicer:
     """The marketplace reporter's side: hourly roll-ups of usage record groups, handed out one reporter at a time and
     answered record by record.
 
-    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which
-    never changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that come
-    late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one hour.
+    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which never
+    changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
+    come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
+    hour.
     """
 
     def ListUsageRecordReports(self, request, context):
-        """Lists reports, the latest hour first. Read-only. Fails with INVALID_ARGUMENT on a bad filter, reversed dates, or a bad page size
-        or token.
+        """Lists reports, the latest hour first. Read-only. Fails with INVALID_ARGUMENT on a bad filter, reversed dates, or a
+        bad page size or token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LeaseUsageRecordReports(self, request, context):
-        """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is not
-        completed before its lease ends is handed out again.
+        """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is
+        not completed before its lease ends is handed out again.
 
-        Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under that
-        token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
+        Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under
+        that token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CompleteUsageRecordReport(self, request, context):
-        """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong to, to
-        REPORTED or REPORT_FAILED.
+        """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong
+        to, to REPORTED or REPORT_FAILED.
 
-        Idempotent: the same outcomes again answer OK. Also taken after the lease has ended, as long as nobody else was given the
-        report. Fails with NOT_FOUND (USAGE_RECORD_REPORT_NOT_FOUND), INVALID_ARGUMENT unless each record with a
-        quantity above zero has exactly one outcome, and FAILED_PRECONDITION when the token is not the report's any more (LEASE_LOST) or the report was
-        completed with other outcomes (REPORT_COMPLETED).
+        Idempotent: the same outcomes again answer OK. Also taken after the lease has ended, as long as nobody else was
+        given the report. Fails with NOT_FOUND (USAGE_RECORD_REPORT_NOT_FOUND), INVALID_ARGUMENT unless each record with a
+        quantity above zero has exactly one outcome, and FAILED_PRECONDITION when the token is not the report's any more
+        (LEASE_LOST) or the report was completed with other outcomes (REPORT_COMPLETED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,9 +130,10 @@ class UsageRecordReportService:
     """The marketplace reporter's side: hourly roll-ups of usage record groups, handed out one reporter at a time and
     answered record by record.
 
-    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which
-    never changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that come
-    late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one hour.
+    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which never
+    changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
+    come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
+    hour.
     """
 
     @staticmethod

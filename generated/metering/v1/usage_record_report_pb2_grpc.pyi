@@ -30,9 +30,10 @@ class UsageRecordReportServiceStub:
     """The marketplace reporter's side: hourly roll-ups of usage record groups, handed out one reporter at a time and
     answered record by record.
 
-    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which
-    never changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that come
-    late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one hour.
+    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which never
+    changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
+    come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
+    hour.
     """
 
     @_typing.overload
@@ -40,24 +41,24 @@ class UsageRecordReportServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> UsageRecordReportServiceAsyncStub: ...
     ListUsageRecordReports: _grpc.UnaryUnaryMultiCallable[_usage_record_report_pb2.ListUsageRecordReportsRequest, _usage_record_report_pb2.ListUsageRecordReportsResponse]
-    """Lists reports, the latest hour first. Read-only. Fails with INVALID_ARGUMENT on a bad filter, reversed dates, or a bad page size
-    or token.
+    """Lists reports, the latest hour first. Read-only. Fails with INVALID_ARGUMENT on a bad filter, reversed dates, or a
+    bad page size or token.
     """
     LeaseUsageRecordReports: _grpc.UnaryUnaryMultiCallable[_usage_record_report_pb2.LeaseUsageRecordReportsRequest, _usage_record_report_pb2.LeaseUsageRecordReportsResponse]
-    """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is not
-    completed before its lease ends is handed out again.
+    """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is
+    not completed before its lease ends is handed out again.
 
-    Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under that
-    token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
+    Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under
+    that token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
     """
     CompleteUsageRecordReport: _grpc.UnaryUnaryMultiCallable[_usage_record_report_pb2.CompleteUsageRecordReportRequest, _usage_record_report_pb2.CompleteUsageRecordReportResponse]
-    """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong to, to
-    REPORTED or REPORT_FAILED.
+    """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong
+    to, to REPORTED or REPORT_FAILED.
 
-    Idempotent: the same outcomes again answer OK. Also taken after the lease has ended, as long as nobody else was given the
-    report. Fails with NOT_FOUND (USAGE_RECORD_REPORT_NOT_FOUND), INVALID_ARGUMENT unless each record with a
-    quantity above zero has exactly one outcome, and FAILED_PRECONDITION when the token is not the report's any more (LEASE_LOST) or the report was
-    completed with other outcomes (REPORT_COMPLETED).
+    Idempotent: the same outcomes again answer OK. Also taken after the lease has ended, as long as nobody else was
+    given the report. Fails with NOT_FOUND (USAGE_RECORD_REPORT_NOT_FOUND), INVALID_ARGUMENT unless each record with a
+    quantity above zero has exactly one outcome, and FAILED_PRECONDITION when the token is not the report's any more
+    (LEASE_LOST) or the report was completed with other outcomes (REPORT_COMPLETED).
     """
 
 @_typing.type_check_only
@@ -65,40 +66,42 @@ class UsageRecordReportServiceAsyncStub(UsageRecordReportServiceStub):
     """The marketplace reporter's side: hourly roll-ups of usage record groups, handed out one reporter at a time and
     answered record by record.
 
-    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which
-    never changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that come
-    late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one hour.
+    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which never
+    changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
+    come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
+    hour.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListUsageRecordReports: _aio.UnaryUnaryMultiCallable[_usage_record_report_pb2.ListUsageRecordReportsRequest, _usage_record_report_pb2.ListUsageRecordReportsResponse]  # type: ignore[assignment]
-    """Lists reports, the latest hour first. Read-only. Fails with INVALID_ARGUMENT on a bad filter, reversed dates, or a bad page size
-    or token.
+    """Lists reports, the latest hour first. Read-only. Fails with INVALID_ARGUMENT on a bad filter, reversed dates, or a
+    bad page size or token.
     """
     LeaseUsageRecordReports: _aio.UnaryUnaryMultiCallable[_usage_record_report_pb2.LeaseUsageRecordReportsRequest, _usage_record_report_pb2.LeaseUsageRecordReportsResponse]  # type: ignore[assignment]
-    """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is not
-    completed before its lease ends is handed out again.
+    """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is
+    not completed before its lease ends is handed out again.
 
-    Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under that
-    token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
+    Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under
+    that token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
     """
     CompleteUsageRecordReport: _aio.UnaryUnaryMultiCallable[_usage_record_report_pb2.CompleteUsageRecordReportRequest, _usage_record_report_pb2.CompleteUsageRecordReportResponse]  # type: ignore[assignment]
-    """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong to, to
-    REPORTED or REPORT_FAILED.
+    """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong
+    to, to REPORTED or REPORT_FAILED.
 
-    Idempotent: the same outcomes again answer OK. Also taken after the lease has ended, as long as nobody else was given the
-    report. Fails with NOT_FOUND (USAGE_RECORD_REPORT_NOT_FOUND), INVALID_ARGUMENT unless each record with a
-    quantity above zero has exactly one outcome, and FAILED_PRECONDITION when the token is not the report's any more (LEASE_LOST) or the report was
-    completed with other outcomes (REPORT_COMPLETED).
+    Idempotent: the same outcomes again answer OK. Also taken after the lease has ended, as long as nobody else was
+    given the report. Fails with NOT_FOUND (USAGE_RECORD_REPORT_NOT_FOUND), INVALID_ARGUMENT unless each record with a
+    quantity above zero has exactly one outcome, and FAILED_PRECONDITION when the token is not the report's any more
+    (LEASE_LOST) or the report was completed with other outcomes (REPORT_COMPLETED).
     """
 
 class UsageRecordReportServiceServicer(metaclass=_abc_1.ABCMeta):
     """The marketplace reporter's side: hourly roll-ups of usage record groups, handed out one reporter at a time and
     answered record by record.
 
-    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which
-    never changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that come
-    late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one hour.
+    When an hour has ended, the records that wait are added up per entitlement and dimension into one report, which never
+    changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
+    come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
+    hour.
     """
 
     @_abc_1.abstractmethod
@@ -107,8 +110,8 @@ class UsageRecordReportServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _usage_record_report_pb2.ListUsageRecordReportsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_usage_record_report_pb2.ListUsageRecordReportsResponse, _abc.Awaitable[_usage_record_report_pb2.ListUsageRecordReportsResponse]]:
-        """Lists reports, the latest hour first. Read-only. Fails with INVALID_ARGUMENT on a bad filter, reversed dates, or a bad page size
-        or token.
+        """Lists reports, the latest hour first. Read-only. Fails with INVALID_ARGUMENT on a bad filter, reversed dates, or a
+        bad page size or token.
         """
 
     @_abc_1.abstractmethod
@@ -117,11 +120,11 @@ class UsageRecordReportServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _usage_record_report_pb2.LeaseUsageRecordReportsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_usage_record_report_pb2.LeaseUsageRecordReportsResponse, _abc.Awaitable[_usage_record_report_pb2.LeaseUsageRecordReportsResponse]]:
-        """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is not
-        completed before its lease ends is handed out again.
+        """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is
+        not completed before its lease ends is handed out again.
 
-        Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under that
-        token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
+        Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under
+        that token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
         """
 
     @_abc_1.abstractmethod
@@ -130,13 +133,13 @@ class UsageRecordReportServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _usage_record_report_pb2.CompleteUsageRecordReportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_usage_record_report_pb2.CompleteUsageRecordReportResponse, _abc.Awaitable[_usage_record_report_pb2.CompleteUsageRecordReportResponse]]:
-        """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong to, to
-        REPORTED or REPORT_FAILED.
+        """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong
+        to, to REPORTED or REPORT_FAILED.
 
-        Idempotent: the same outcomes again answer OK. Also taken after the lease has ended, as long as nobody else was given the
-        report. Fails with NOT_FOUND (USAGE_RECORD_REPORT_NOT_FOUND), INVALID_ARGUMENT unless each record with a
-        quantity above zero has exactly one outcome, and FAILED_PRECONDITION when the token is not the report's any more (LEASE_LOST) or the report was
-        completed with other outcomes (REPORT_COMPLETED).
+        Idempotent: the same outcomes again answer OK. Also taken after the lease has ended, as long as nobody else was
+        given the report. Fails with NOT_FOUND (USAGE_RECORD_REPORT_NOT_FOUND), INVALID_ARGUMENT unless each record with a
+        quantity above zero has exactly one outcome, and FAILED_PRECONDITION when the token is not the report's any more
+        (LEASE_LOST) or the report was completed with other outcomes (REPORT_COMPLETED).
         """
 
 def add_UsageRecordReportServiceServicer_to_server(servicer: UsageRecordReportServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

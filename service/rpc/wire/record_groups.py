@@ -16,7 +16,7 @@ from service.errors import InvalidArgument, Reason, Violation
 from service.rpc.wire import enum_value, in_slices, raise_any, read_dates, timestamp
 from service.rpc.wire.entitlements import PARTNER_NUMBERS, PARTNERS
 from service.rpc.wire.events import VERDICTS, properties_json
-from service.store.group_intake import Item, Result
+from service.store.group_intake import Item, Reported
 
 # Violations shown of one group, characters of a field path, and what an answer may take beside them.
 _VIOLATIONS_SHOWN = 50
@@ -337,36 +337,31 @@ def validations(items: Sequence[Item], found: Sequence[Sequence[Violation]]) -> 
     """Write what validation found of each group."""
     left = ANSWER_BYTES_MAX
     for i, (item, faults) in enumerate(zip(items, found, strict=True)):
+        sent = item if isinstance(item, record_groups.NewGroup) else item[0]
         result = usage_record_group_pb2.UsageRecordGroupValidation(
-            index=i, id=_sent(item).id, violation_count=len(faults), violations=_shown(i, faults, left)
+            index=i, id=sent.id, violation_count=len(faults), violations=_shown(i, faults, left)
         )
         left -= result.ByteSize()
         yield result
 
 
-def results(
-    items: Sequence[Item], found: Sequence[Result], stored: Mapping[str, record_groups.StoredGroup], organization: str
-) -> Iterable[usage_record_group_pb2.UsageRecordGroupResult]:
+def results(found: Reported, organization: str) -> Iterable[usage_record_group_pb2.UsageRecordGroupResult]:
     """Write what became of each group: why it was not stored, and, as far as there is room, what is stored."""
     left = ANSWER_BYTES_MAX
-    for i, (item, one) in enumerate(zip(items, found, strict=True)):
+    for i, one in enumerate(found.results):
         result = usage_record_group_pb2.UsageRecordGroupResult(
             index=i,
-            id=_sent(item).id,
+            id=one.id,
             verdict=VERDICTS[one.verdict],
             violation_count=len(one.violations),
             violations=_shown(i, one.violations, left),
         )
-        if one.verdict is not Verdict.REJECTED and (kept := stored.get(result.id)) is not None:
+        if one.verdict is not Verdict.REJECTED and (kept := found.groups.get(one.id)) is not None:
             shown = group(kept, organization)
             if shown.ByteSize() <= left:
                 result.group.CopyFrom(shown)
         left -= result.ByteSize()
         yield result
-
-
-def _sent(item: Item) -> record_groups.NewGroup:
-    return item if isinstance(item, record_groups.NewGroup) else item[0]
 
 
 def _shown(i: int, faults: Sequence[Violation], left: int) -> list[usage_record_group_pb2.GroupViolation]:
