@@ -26,7 +26,7 @@ from metering.v1 import (
 from service.database import Database
 from service.domain.customers import BillingFrequency
 from service.domain.entitlements import EntitlementStatus
-from service.domain.events import Verdict
+from service.domain.events import EventSource, Verdict
 from service.domain.metrics import Aggregation
 from service.domain.partners import Partner
 from service.domain.record_groups import GroupStatus, RecordState, Source
@@ -104,6 +104,7 @@ ENUMS: list[tuple[EnumTypeWrapper, str, type[enum.Enum]]] = [
     (billable_metric_pb2.AggregationType, "AGGREGATION_TYPE_", Aggregation),
     (usage_pb2.WindowSize, "WINDOW_SIZE_", WindowSize),
     (event_pb2.Verdict, "VERDICT_", Verdict),
+    (event_pb2.EventSource, "EVENT_SOURCE_", EventSource),
     (customer_pb2.BillingFrequency, "BILLING_FREQUENCY_", BillingFrequency),
     (error_reason_pb2.ErrorReason, "ERROR_REASON_", Reason),
     (entitlement_pb2.Partner, "PARTNER_", Partner),
@@ -122,7 +123,7 @@ def test_proto_enums_are_the_domains(wire: EnumTypeWrapper, prefix: str, domain:
     names = {number: name for name, number in wire.items()}
     assert names.pop(0) == f"{prefix}UNSPECIFIED"
     assert {name.removeprefix(prefix) for name in names.values()} == {one.name for one in domain}
-    if domain is not Verdict:  # all others go by their values
+    if domain not in {Verdict, EventSource}:  # all others go by their values
         assert {one.value for one in domain} == {one.name for one in domain}
 
 

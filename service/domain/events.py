@@ -108,6 +108,7 @@ class StoredEvent(NamedTuple):
     ingested_at: datetime
     voided_at: datetime | None
     customer_id: uuid.UUID | None
+    source: EventSource
     explanations: Sequence[Explanation] = ()
 
 

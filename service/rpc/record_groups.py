@@ -34,7 +34,8 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
             lambda c: intake.validate_groups(c, org, items, self._rules, admin=admin),
             timeout_s=context.time_remaining(),
         )
-        return pb.BatchValidateUsageRecordGroupsResponse(results=wire.validations(items, found))
+        results = await in_slices(lambda one: one, wire.validations(items, found))
+        return pb.BatchValidateUsageRecordGroupsResponse(results=results)
 
     async def ReportUsageRecordGroups(
         self, request: pb.ReportUsageRecordGroupsRequest, context: Context
@@ -46,7 +47,8 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
                 c, org, items, self._rules, admin=admin, shown_bytes_max=wire.ANSWER_BYTES_MAX
             )
         )
-        return pb.ReportUsageRecordGroupsResponse(results=wire.results(found, org))
+        results = await in_slices(lambda one: one, wire.results(found, org))
+        return pb.ReportUsageRecordGroupsResponse(results=results)
 
     async def ListUsageRecordGroups(
         self, request: pb.ListUsageRecordGroupsRequest, context: Context

@@ -216,6 +216,7 @@ def _details(organization: str, ids: Sequence[str]) -> sa.Select[Any]:
             columns.ingested_at,
             columns.voided_at,
             customer_keys.c.customer_id,
+            columns.source,
         )
         .select_from(usage_events.outerjoin(customer_keys, owner))
         .where(columns.organization_id == organization, columns.transaction_id == sa.any_(texts(ids)))

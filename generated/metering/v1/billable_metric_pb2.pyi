@@ -122,8 +122,8 @@ class BillableMetric(_message.Message):
     """Share of the past already counted, [0, 1); unset once all of it is. Output only. For display, not a quantity."""
     record_key: _builtins.str
     """If not empty, this is the record metric of a key, made by the server together with the dimension or the metric that
-    has the key: it sums the quantities that usage record groups report under it (events made of groups, see
-    StoredEvent), and no other metric counts those. It cannot be archived, and does not count against the number of
+    has the key: it sums the quantities that usage record groups report under it (events of source GROUP, see
+    EventSource), and no other metric counts those. It cannot be archived, and does not count against the number of
     metrics. Output only.
     """
     @_builtins.property

@@ -58,6 +58,34 @@ VERDICT_REJECTED: Verdict.ValueType  # 4
 """The event is not valid and was not stored; its issues say why."""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
+class _EventSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EventSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EVENT_SOURCE_UNSPECIFIED: _EventSource.ValueType  # 0
+    """Never sent."""
+    EVENT_SOURCE_EVENT: _EventSource.ValueType  # 1
+    """It was sent as an event."""
+    EVENT_SOURCE_GROUP: _EventSource.ValueType  # 2
+    """It was made from a record of a usage record group: its transaction id is `urg:`, the group's id, `:` and the
+    record's place in the group, its type the record's key, and its property `quantity` how much was used.
+    """
+
+class EventSource(_EventSource, metaclass=_EventSourceEnumTypeWrapper):
+    """Where an event comes from."""
+
+EVENT_SOURCE_UNSPECIFIED: EventSource.ValueType  # 0
+"""Never sent."""
+EVENT_SOURCE_EVENT: EventSource.ValueType  # 1
+"""It was sent as an event."""
+EVENT_SOURCE_GROUP: EventSource.ValueType  # 2
+"""It was made from a record of a usage record group: its transaction id is `urg:`, the group's id, `:` and the
+record's place in the group, its type the record's key, and its property `quantity` how much was used.
+"""
+Global___EventSource: _TypeAlias = EventSource  # noqa: Y015
+
 class _MetricOutcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -397,13 +425,18 @@ class StoredEvent(_message.Message):
     INGEST_TIME_FIELD_NUMBER: _builtins.int
     VOID_TIME_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     matched_customer_id: _builtins.str
     """The UUID of the customer that owns the key in `event.customer_id` now. Empty = no customer does, so its usage
     belongs to nobody yet.
     """
+    source: Global___EventSource.ValueType
+    """Where it comes from."""
     @_builtins.property
     def event(self) -> Global___UsageEvent:
-        """The event as stored: as it was sent, with a UUID as customer id in lower case and the timestamp cut to microseconds."""
+        """The event as stored: as it was sent, with a UUID as customer id in lower case and the timestamp cut to
+        microseconds.
+        """
 
     @_builtins.property
     def ingest_time(self) -> _timestamp_pb2.Timestamp:
@@ -425,10 +458,11 @@ class StoredEvent(_message.Message):
         ingest_time: _timestamp_pb2.Timestamp | None = ...,
         void_time: _timestamp_pb2.Timestamp | None = ...,
         metrics: _abc.Iterable[Global___MetricExplanation] | None = ...,
+        source: Global___EventSource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "ingest_time", b"ingest_time", "void_time", b"void_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "ingest_time", b"ingest_time", "matched_customer_id", b"matched_customer_id", "metrics", b"metrics", "void_time", b"void_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "ingest_time", b"ingest_time", "matched_customer_id", b"matched_customer_id", "metrics", b"metrics", "source", b"source", "void_time", b"void_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -108,7 +108,9 @@ class EventServiceServicer:
         which customer it belongs to and which metrics count it, or why they do not.
 
         Decided by the same rules, in the same statements, that count events. Metrics are all of the organization, in the
-        order of their ids, archived ones included. Ids that are not stored are missing from the answer. Read-only.
+        order of their ids, archived ones included; of record metrics, which count only events made from usage record
+        groups, the one of the event's type, ahead of the others. Ids that are not stored are missing from the answer.
+        Read-only.
 
         Fails with INVALID_ARGUMENT when both transaction ids and other criteria are given, or on bad ids, bounds, page
         size or token.

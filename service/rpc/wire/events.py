@@ -20,6 +20,7 @@ _FIELD_MAX = 256
 _ISSUES_BYTES_MAX = 3 * 1024 * 1024
 
 _OUTCOMES = {one: event_pb2.MetricOutcome.Value(f"METRIC_OUTCOME_{one.name}") for one in events.MetricOutcome}
+_SOURCES = {one.value: event_pb2.EventSource.Value(f"EVENT_SOURCE_{one.name}") for one in events.EventSource}
 VERDICTS = {verdict: event_pb2.Verdict.Value(f"VERDICT_{verdict.name}") for verdict in events.Verdict}
 
 
@@ -233,6 +234,7 @@ def stored_event(value: events.StoredEvent) -> event_pb2.StoredEvent:
         matched_customer_id=str(value.customer_id or ""),
         ingest_time=timestamp(value.ingested_at),
         void_time=timestamp(value.voided_at),
+        source=_SOURCES[value.source],
         metrics=[
             event_pb2.MetricExplanation(
                 billable_metric_id=str(one.metric_id),

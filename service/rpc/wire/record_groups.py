@@ -333,7 +333,9 @@ def _scalar_filter(sent: str) -> tuple[str | None, str | None]:
     return None, json.dumps({name: value})
 
 
-def validations(items: Sequence[Item], found: Sequence[Sequence[Violation]]) -> Iterable[Any]:
+def validations(
+    items: Sequence[Item], found: Sequence[Sequence[Violation]]
+) -> Iterable[usage_record_group_pb2.UsageRecordGroupValidation]:
     """Write what validation found of each group."""
     left = ANSWER_BYTES_MAX
     for i, (item, faults) in enumerate(zip(items, found, strict=True)):
