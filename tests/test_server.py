@@ -27,7 +27,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from metering.v1 import event_pb2
+from metering.v1 import event_pb2, usage_record_group_pb2
 from service import postgres as supervisor
 from service.cli import COMMANDS, main, operate
 from service.config import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Config
@@ -790,6 +790,26 @@ def test_organizations_and_keys(database_url: str) -> None:
         assert metering("keys", "revoke", ids[0], "--org", "acme", *where) == f"Key {ids[0]} is revoked.\n"
     listed = metering("keys", "list", "--org", "acme", *where).splitlines()
     assert [" revoked " in line for line in listed] == [True, False]
+
+
+async def test_a_key_need_not_be_an_administrators(database_url: str) -> None:
+    """With --no-admin its calls may not skip validation, and the list says so; without it they may."""
+    where = ("--database-url", database_url)
+    made = [
+        (await asyncio.to_thread(metering, "keys", "create", *flags, *where)).strip() for flags in ((), ("--no-admin",))
+    ]
+    listed = (await asyncio.to_thread(metering, "keys", "list", *where)).splitlines()
+    assert ["not admin" in line for line in listed] == [False, True]
+    request = usage_record_group_pb2.BatchValidateUsageRecordGroupsRequest(
+        groups=[{"entitlement_id": "e", "records": {"cpu": "1"}, "meta_info": {"skip_validation": True}}]
+    )
+    forbidden = []
+    async with running_server(database_url) as client:
+        for key in made:
+            metadata = [("authorization", f"Bearer {key}")]
+            (result,) = (await client.groups.BatchValidateUsageRecordGroups(request, metadata=metadata)).results
+            forbidden.append("groups[0].meta_info.skip_validation" in {one.field for one in result.violations})
+    assert forbidden == [False, True]
 
 
 # --- Verification
