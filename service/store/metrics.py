@@ -21,7 +21,7 @@ from service.domain.metrics import (
 from service.domain.windows import CELL, cell_floor
 from service.errors import AlreadyExists, FailedPrecondition, NotFound, Reason, invalid
 from service.store import cells, events, organizations
-from service.store.tables import billable_metrics, texts, usage_events
+from service.store.tables import billable_metrics, texts, usage_cells, usage_events
 
 # The end of a chunk is chosen so that about this many events are counted again while writers wait.
 BACKFILL_EVENTS = 20_000
@@ -112,13 +112,17 @@ async def countable_metrics(
 ) -> list[BillableMetric]:
     """Return the metrics that "all metrics" means: neither archived nor still counting their past.
 
+    Record metrics are among them once something was reported under their keys.
     With `since` also those archived from then on: who read them before must learn of their last changes.
     """
     columns = billable_metrics.c
     wanted: sa.ColumnElement[bool] = columns.archived_at.is_(None)
     if since is not None:
         wanted = sa.or_(wanted, columns.archived_at >= since)
-    return await _metrics(connection, organization, wanted, columns.backfilled_until.is_(None))
+    cell = usage_cells.c
+    reported = sa.exists().where(cell.organization_id == organization, cell.metric_id == columns.id)
+    used = sa.or_(columns.record_key.is_(None), reported)
+    return await _metrics(connection, organization, wanted, columns.backfilled_until.is_(None), used)
 
 
 async def metric_names(connection: AsyncConnection, organization: str) -> dict[uuid.UUID, str]:

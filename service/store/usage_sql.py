@@ -21,7 +21,7 @@ from service.domain.metrics import Aggregation, BillableMetric
 from service.domain.usage import GroupBy
 from service.domain.windows import cell_ceil, cell_floor
 from service.store import metric_sql
-from service.store.cells import ORGANIZATION, stored_events
+from service.store.cells import ORGANIZATION, of_records, stored_events
 from service.store.tables import (
     INSTANT,
     NUMERIC,
@@ -91,15 +91,20 @@ def pairs_with_usage(
         cell = _of_key(usage_cells, key.c.key, metric.c.id, start >= cell_floor(span[0]), start < span[1])
         found.append(exists(cell, sa.or_(_updated_at(cell, key) >= since, _fresh(metric.c.id, metrics, since))))
     else:
-        columns = usage_cells.c
-        filled = sa.or_(columns.counted > 0, columns.skipped > 0)
+        filled = sa.or_(usage_cells.c.counted > 0, usage_cells.c.skipped > 0)
         cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(usage_cells, [span], cut=()), filled)
         found.append(exists(cell, key.c.held))
-        for one in metrics:
-            for part in _cut([span]):
-                events = _events_of_key(key.c.key, sa.literal(part[0], INSTANT), sa.literal(part[1], INSTANT))
-                in_part = exists(events, key.c.held, metric_sql.matches(one, events))
-                found.append(sa.and_(metric.c.id == one.id, in_part))
+        for part in _cut([span]):
+            events = _events_of_key(key.c.key, sa.literal(part[0], INSTANT), sa.literal(part[1], INSTANT))
+            for one in metrics:
+                if one.record_key is None:
+                    in_part = exists(events, key.c.held, metric_sql.matches(one, events))
+                    found.append(sa.and_(metric.c.id == one.id, in_part))
+        if (cut := _cut([span])) and any(one.record_key is not None for one in metrics):
+            # Of all record metrics, however many, at once.
+            records = of_records(_cut_events(customer_ids, cut))
+            made = sa.select(records).where(metric_sql.matches(metric_sql.RECORDS, records)).subquery()
+            found.append(sa.tuple_(customers.c.id, metric.c.id).in_(_of_owner(made, ("metric_id",))))
     return (
         sa.select(customers.c.id, metric.c.id)
         .select_from(customers.join(metric, sa.true()))
@@ -245,12 +250,31 @@ def select_pieces(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], boun
     if cut:
         parts.append(_cut_times(pairs, bounds, cut))
     for metric in metrics if cut else ():
-        owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
-        events = _cut_events(owners, cut)
-        made = metric_sql.cells(metric, events, _window(events.c.timestamp, bounds))
-        rows = made.add_columns(sa.null().cast(INSTANT).label("updated_at")).subquery()
-        parts.append(_of_owner(rows, ("metric_id", "cell_start", "group_values", "updated_at", *metric_sql.MEASURES)))
+        if metric.record_key is None:
+            owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
+            events = _cut_events(owners, cut)
+            made = metric_sql.cells(metric, events, _window(events.c.timestamp, bounds))
+            parts.append(_of_owner(_with_updated_at(made), _PIECE))
+    records = {metric.id for metric in metrics if metric.record_key is not None}
+    own = [pair for pair in pairs if pair.metric_id in records]
+    if cut and own:
+        # One part for all record metrics, however many.
+        events = of_records(_cut_events(sorted({pair.customer_id for pair in own}), cut))
+        wanted = events.c.metric_id == sa.any_(uuids(sorted(records)))
+        made = metric_sql.cells(metric_sql.RECORDS, events, _window(events.c.timestamp, bounds), wanted)
+        rows = _of_owner(_with_updated_at(made), _PIECE).subquery()
+        pair = _pair_rows(own)
+        same = sa.and_(pair.c.customer_id == rows.c.customer_id, pair.c.metric_id == rows.c.metric_id)
+        parts.append(sa.select(rows).join(pair, same))
     return sa.union_all(*parts)
+
+
+# What `select_pieces` has beside the customer.
+_PIECE = ("metric_id", "cell_start", "group_values", "updated_at", *metric_sql.MEASURES)
+
+
+def _with_updated_at(rows: sa.Select[Any]) -> sa.Subquery:
+    return rows.add_columns(sa.null().cast(INSTANT).label("updated_at")).subquery()
 
 
 def _cut_times(pairs: Sequence[Pair], bounds: Bounds, cut: Sequence[Span]) -> sa.Select[Any]:
