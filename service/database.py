@@ -27,8 +27,8 @@ WRITES_MAX = 4
 READS_MAX = 6
 STREAM_READS_MAX = 2
 LOOKUPS_MAX = 2
-# Two more than the admitted work needs: the backfill and the health check never wait behind callers.
-POOL_SIZE = WRITES_MAX + READS_MAX + STREAM_READS_MAX + LOOKUPS_MAX + 2
+# Three more than the admitted work needs: the backfill, the hourly job and the health check never wait behind callers.
+POOL_SIZE = WRITES_MAX + READS_MAX + STREAM_READS_MAX + LOOKUPS_MAX + 3
 STATEMENT_TIMEOUT_S = 30
 # A whole transaction of a caller: past it the connection, not the statement, must be what hangs.
 TRANSACTION_TIMEOUT_S = 60
@@ -104,13 +104,23 @@ class Database:
         self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
         self._running: set[asyncio.Task[Any]] = set()
 
-    async def write(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
+    async def write(
+        self, work: Callable[[AsyncConnection], Awaitable[Result]], *, limit_s: float | None = None
+    ) -> Result:
         """Run `work` in one READ COMMITTED transaction and return its result after the commit.
 
-        Deadlocks and serialization failures run the whole of `work` again. Raises Unavailable when the database does
-        not answer (the outcome is then unknown), and whatever `work` raises, after a rollback.
+        Deadlocks and serialization failures run the whole of `work` again. `limit_s` replaces the usual limits of
+        statements and transaction. Raises Unavailable when the database does not answer (the outcome is then unknown),
+        and whatever `work` raises, after a rollback.
         """
-        return await self._shielded(self._writes, lambda: self._attempts(work, TRANSACTION_TIMEOUT_S))
+
+        async def longer(connection: AsyncConnection) -> Result:
+            limit = str(int((limit_s or 0) * 1000))
+            await connection.execute(sa.func.set_config("statement_timeout", limit, True).select())
+            return await work(connection)
+
+        bounded = work if limit_s is None else longer
+        return await self._shielded(self._writes, lambda: self._attempts(bounded, limit_s or TRANSACTION_TIMEOUT_S))
 
     async def read(
         self, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None

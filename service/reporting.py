@@ -55,8 +55,9 @@ async def roll_up_hour(
 ) -> int:
     """Make the reports of an hour that has ended, entitlement by entitlement; returns how many were made.
 
-    Everything that waits and was used before the hour's end goes into them. Safe to repeat and to run in many replicas:
-    one at a time works (the others `wait`, or leave it), and there is one report per entitlement and hour.
+    Everything that waits and was used before the hour's end goes into them, and what was carried. Safe to repeat and to
+    run in many replicas: one at a time works (the others `wait`, or leave it), and there is one report per entitlement
+    and hour.
     """
     number = 0
     after: Waiting | None = None
@@ -64,7 +65,7 @@ async def roll_up_hour(
         last = after
 
         async def find(connection: AsyncConnection, last: Waiting | None = last) -> list[Waiting]:
-            return await store.waiting_entitlements(connection, hour, last, _ENTITLEMENTS_AT_ONCE)
+            return await store.waiting_entitlements(connection, hour, rules, last, _ENTITLEMENTS_AT_ONCE)
 
         found = await database.background(find, snapshot=True)
         for one in found:

@@ -10,12 +10,14 @@ CLIENT_COMMANDS = {
     "ingest": ("service.cli.ingest:ingest", "Send events from JSON lines; repeating a run is safe."),
     "usage": ("service.cli.usage:usage", "Read usage windows as a table, JSON lines or CSV."),
     "events": ("service.cli.events:events", "Look up stored events, and why one is counted or not."),
+    "groups": ("service.cli.groups:groups", "Validate, report and list usage record groups for cloud marketplaces."),
     "health": ("service.cli.health:health", "Ask whether the server and its services can answer."),
 }
 OPERATOR_COMMANDS = {
     "serve": ("service.cli.operate:serve", "Run the server."),
     "migrate": ("service.cli.operate:migrate", "Bring the database to this version's tables."),
     "verify": ("service.cli.operate:verify", "Compare stored aggregates with the raw events."),
+    "report": ("service.cli.operate:report", "Make an hour's reports for the cloud marketplaces now."),
     "orgs": ("service.cli.operate:orgs", "Make and list organizations."),
     "keys": ("service.cli.operate:keys", "Make, list and revoke API keys."),
     "demo": ("service.cli.demo:demo", "Show the whole path, from events to usage, in one run."),

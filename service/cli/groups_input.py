@@ -35,6 +35,9 @@ _DECIMALS = {
         )
     ),
 }
+RECORDS_MAX = 10_000
+"""Records of all groups of a batch together: what the server takes."""
+
 _SAFE_INTEGER = 2**53 - 1
 _BLANKS = " \t\r\n"
 _NO_ID = (
@@ -44,14 +47,14 @@ _NO_ID = (
 
 
 class Place(NamedTuple):
-    """Where a group stands: its file, the line on which it begins, and its index if it is in an array."""
+    """Where a group stands: its file, the line on which it begins, and which element it is, from 0, if in an array."""
 
     file: str
     line: int
-    index: int | None = None
+    element: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" + ("" if self.index is None else f"[{self.index}]")
+        return f"{self.file}:{self.line}" + ("" if self.element is None else f"[{self.element}]")
 
 
 class Fault(NamedTuple):
@@ -71,9 +74,10 @@ class Entry:
     group: pb.NewUsageRecordGroup | None = None
     faults: list[Fault] = field(default_factory=list)
     message_bytes: int = 0
+    records: int = 0
 
 
-class _Malformed(ValueError):
+class _NotJSONError(ValueError):
     """What is not JSON; `position` is where in the text."""
 
     def __init__(self, message: str, position: int) -> None:
@@ -109,44 +113,48 @@ def _holds_object(line: bytes) -> bool:
 
 def _line(place: Place, line: bytes, *, needs_id: bool) -> Iterator[Entry]:
     try:
-        for _, _, value in _values(line.decode()):
-            yield _entry(place, value, needs_id=needs_id)
+        values = list(_values(line.decode()))
     except ValueError as fault:
         yield _malformed(place, fault)
+        return
+    for _, _, value in values:
+        yield _entry(place, value, needs_id=needs_id)
 
 
 def _document(name: str, first: int, data: bytes, *, needs_id: bool) -> Iterator[Entry]:
     """Read an array, an object or several of them; what is not JSON leaves nothing of it, unless it is JSON lines."""
+    lines = data.split(b"\n")
     try:
         text = data.decode()
         values = list(_values(text))
     except ValueError as fault:
-        lines = data.splitlines()
-        if sum(map(_holds_object, lines)) > 0 and not data.lstrip().startswith(b"["):
+        if not data.lstrip().startswith(b"[") and any(map(_holds_object, lines)):
             for number, line in enumerate(lines, first):
                 yield from _line(Place(name, number), line, needs_id=needs_id)
-            return
-        before = fault.start if isinstance(fault, UnicodeDecodeError) else 0
-        if isinstance(fault, _Malformed):
-            before = len(text[: fault.position].encode(errors="replace"))
-        entry = _malformed(Place(name, first + data.count(b"\n", 0, before)), fault)
-        yield entry
+        else:
+            yield _malformed(Place(name, first + data.count(b"\n", 0, _byte(data, fault))), fault)
         return
-    line, counted = first, 0
+    line_number, counted = first, 0
     for at, index, value in values:
-        line, counted = line + text.count("\n", counted, at), at
-        yield _entry(Place(name, line, index), value, needs_id=needs_id)
+        line_number, counted = line_number + text.count("\n", counted, at), at
+        yield _entry(Place(name, line_number, index), value, needs_id=needs_id)
+
+
+def _byte(data: bytes, fault: ValueError) -> int:
+    """Where in the data the fault is."""
+    if isinstance(fault, UnicodeDecodeError):
+        return fault.start
+    return len(data.decode()[: fault.position].encode()) if isinstance(fault, _NotJSONError) else 0
 
 
 def _malformed(place: Place, fault: ValueError) -> Entry:
-    message = f"not valid JSON: {fault}"
-    if isinstance(fault, UnicodeDecodeError):
-        message = f"not UTF-8: {fault.reason}"
-    return Entry(place, faults=[Fault("MALFORMED_JSON", "", message)])
+    is_text = not isinstance(fault, UnicodeDecodeError)
+    message = f"not valid JSON: {fault}" if is_text else "not UTF-8"
+    return Entry(place, faults=[Fault("MALFORMED_JSON", "", _sendable(message))])
 
 
 def _values(text: str) -> Iterator[tuple[int, int | None, Any]]:
-    """Yield JSON values that follow one another, or the elements of one array, with positions; raises _Malformed."""
+    """Yield JSON values that follow one another, or the elements of one array, with positions; raises _NotJSONError."""
     at = _after_blanks(text, 0)
     is_array = text[at : at + 1] == "["
     if is_array:
@@ -164,21 +172,21 @@ def _values(text: str) -> Iterator[tuple[int, int | None, Any]]:
         if text[at : at + 1] == "]":
             break
         if text[at : at + 1] != ",":
-            raise _Malformed("expected ',' or ']' after an element", at)
+            raise _NotJSONError("expected ',' or ']' after an element", at)
         at = _after_blanks(text, at + 1)
     if (end := _after_blanks(text, at + 1)) < len(text):
-        raise _Malformed("expected nothing after the array", end)
+        raise _NotJSONError("expected nothing after the array", end)
 
 
 def _value(text: str, at: int) -> tuple[Any, int]:
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as fault:
-        raise _Malformed(f"{fault.msg[0].lower()}{fault.msg[1:]}", fault.pos) from None
+        raise _NotJSONError(f"{fault.msg[0].lower()}{fault.msg[1:]}", fault.pos) from None
     except RecursionError:
-        raise _Malformed("nested too deeply", at) from None
+        raise _NotJSONError("nested too deeply", at) from None
     except ValueError as fault:
-        raise _Malformed(str(fault), at) from None
+        raise _NotJSONError(str(fault), at) from None
 
 
 def _after_blanks(text: str, at: int) -> int:
@@ -217,10 +225,7 @@ def _entry(place: Place, value: Any, *, needs_id: bool) -> Entry:
     group = pb.NewUsageRecordGroup()
     try:
         json_format.ParseDict(reading.message(value, group.DESCRIPTOR, ""), group)
-        # As the server decodes it: what is nested too deeply for that would sink its whole batch.
-        pb.ReportUsageRecordGroupsRequest.FromString(
-            pb.ReportUsageRecordGroupsRequest(groups=[group]).SerializeToString()
-        )
+        _check_nesting(group)
     except (DecodeError, EncodeError, RecursionError):
         reading.fault("", "nested too deeply", code="LIMIT_EXCEEDED")
     except (json_format.ParseError, TypeError, ValueError) as fault:
@@ -229,11 +234,26 @@ def _entry(place: Place, value: Any, *, needs_id: bool) -> Entry:
     entry.message_bytes = group.ByteSize() + 8  # 8: the field's tag and length within the request
     if entry.message_bytes > MESSAGE_BYTES_MAX:
         reading.fault("", f"takes {entry.message_bytes:,} bytes, too many for one request", code="LIMIT_EXCEEDED")
+    entry.records = len(group.records) + max(len(group.billable_records), len(group.meta_info.billable_records))
+    if entry.records > RECORDS_MAX:
+        reading.fault("", f"has {entry.records:,} records, too many for one request", code="LIMIT_EXCEEDED")
     if needs_id and value.get("id") in (None, ""):
         reading.fault("id", _NO_ID, code="FIELD_REQUIRED")
     if not entry.faults:
         entry.group = group
     return entry
+
+
+def _check_nesting(group: pb.NewUsageRecordGroup) -> None:
+    """Raise if a group is nested more deeply than messages may be, which would sink its whole batch.
+
+    Answers nest it deepest, with its billable records among what is known about it.
+    """
+    records = [*group.billable_records, *group.meta_info.billable_records]
+    if records:
+        stored = pb.UsageRecordGroup(meta_info=pb.UsageRecordGroupMetaInfo(billable_records=records))
+        answer = pb.ReportUsageRecordGroupsResponse(results=[pb.UsageRecordGroupResult(group=stored)])
+        answer.FromString(answer.SerializeToString())
 
 
 @dataclass(slots=True)
@@ -281,9 +301,10 @@ class _Reading:
         kind = descriptor.message_type
         if descriptor.type == FieldDescriptor.TYPE_STRING:
             return self._text(descriptor, value, here)
-        if descriptor.type == FieldDescriptor.TYPE_ENUM:
-            if value not in descriptor.enum_type.values_by_name:
-                self.fault(here, f"must be one of {', '.join(descriptor.enum_type.values_by_name)}")
+        if descriptor.enum_type is not None:
+            names = list(descriptor.enum_type.values_by_name)
+            if value not in names:
+                self.fault(here, f"must be one of {', '.join(names)}")
             return value
         if descriptor.type == FieldDescriptor.TYPE_BOOL:
             if type(value) is not bool:
@@ -296,7 +317,9 @@ class _Reading:
         if type(value) is not dict:
             self.fault(here, "must be a JSON object")
             return None
-        return _properties(value) if kind.full_name == "google.protobuf.Struct" else self.message(value, kind, f"{here}.")
+        return (
+            _properties(value) if kind.full_name == "google.protobuf.Struct" else self.message(value, kind, f"{here}.")
+        )
 
     def _text(self, descriptor: FieldDescriptor, value: Any, here: str) -> Any:
         if type(value) is NumberText and descriptor.full_name in _DECIMALS:
@@ -331,9 +354,10 @@ def _properties(value: Any) -> Any:
     """Return a JSON value for a Struct, whose numbers are doubles: one that a double would change becomes its text."""
     match value:
         case NumberText():
-            number = float(value)
-            exact = abs(number) <= _SAFE_INTEGER and Decimal(repr(number)) == Decimal(value)
-            return number if exact else decimal_text(value)
+            number, text = float(value), decimal_text(value)
+            # Beyond ±(2^53-1) a double stands for several integers, and the server refuses it.
+            is_plain = "e" not in text and "E" not in text and abs(number) <= _SAFE_INTEGER
+            return number if is_plain and Decimal(repr(number)) == Decimal(text) else text
         case dict():
             return {name: _properties(one) for name, one in value.items()}
         case list():

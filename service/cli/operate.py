@@ -1,12 +1,13 @@
-"""The operator's commands: run the server, prepare and check its database, make organizations and API keys."""
+"""The operator's commands: run the server, prepare and check its database, make reports, organizations, API keys."""
 
 import asyncio
+import itertools
 import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +23,17 @@ from service.domain.partners import BadRule, Rules, with_changes
 from service.errors import MeteringError, Unavailable
 from service.migrations import upgrade
 from service.postgres import PostgresError, running_url
+from service.reporting import last_hour, roll_up_hour
 from service.server import CannotServe, open_database
 from service.server import serve as run_server
 from service.store import organizations
 from service.store.organizations import DEFAULT_ORGANIZATION
+from service.store.roll_up import Waiting, waiting_entitlements
 from service.verify import FINDINGS_MAX, Finding, verify_cells
 
 Result = TypeVar("Result")
 
+_FAILED_SHOWN = 10
 _EPILOG = "Options can be set by environment variables too, METERING_ and the option's name; the flag wins."
 
 
@@ -66,6 +70,16 @@ def _read_partner_rules(_ctx: click.Context, _param: click.Parameter, changes: t
         raise click.BadParameter(str(error)) from error
 
 
+_partner_rule_option = click.option(
+    "--partner-rule",
+    envvar="METERING_PARTNER_RULE",
+    multiple=True,
+    metavar="PARTNER.RULE=NUMBER",
+    callback=_read_partner_rules,
+    help="Change what a marketplace takes, such as AWS.window_hours=6; repeatable. See docs/marketplaces.md.",
+)
+
+
 @click.command(epilog=_EPILOG)
 @click.option(
     "--listen",
@@ -91,14 +105,7 @@ def _read_partner_rules(_ctx: click.Context, _param: click.Parameter, changes: t
     show_default=True,
     help="Refuse new events this many hours ahead of the clock.",
 )
-@click.option(
-    "--partner-rule",
-    envvar="METERING_PARTNER_RULE",
-    multiple=True,
-    metavar="PARTNER.RULE=NUMBER",
-    callback=_read_partner_rules,
-    help="Change what a marketplace takes, such as AWS.window_hours=6; repeatable. See docs/marketplaces.md.",
-)
+@_partner_rule_option
 @click.option(
     "--drain",
     envvar="METERING_DRAIN",
@@ -217,6 +224,60 @@ def verify(
         raise SystemExit(1)
 
 
+@click.command(epilog=_EPILOG)
+@click.option(
+    "--hour",
+    type=click.DateTime(["%Y-%m-%dT%H", "%Y-%m-%dT%HZ", "%Y-%m-%dT%H:00Z", "%Y-%m-%dT%H:00:00Z"]),
+    metavar="YYYY-MM-DDTHH",
+    help="The UTC hour, such as 2026-01-31T10. Default: the one that ended last.",
+)
+@_partner_rule_option
+@_database_options
+def report(
+    hour: datetime | None, partner_rule: Rules, database_url: str | None, data_dir: Path, pg_bin: str | None
+) -> None:
+    """Make an hour's reports for the cloud marketplaces now, as every server does by itself within a minute.
+
+    For each entitlement, the records of its usage record groups that wait and were used before the end of the hour
+    become one report of that hour, which a reporter leases and completes (UsageRecordReportService). Groups that do
+    not validate any more become INVALID. What is used or retried later goes into the report of a later hour.
+
+    Safe to repeat, and to run beside servers: there is one report per entitlement and hour, and it never changes.
+    Give the --partner-rule that the servers have.
+
+    Exit code: 0 every report is made; 1 the report of an entitlement failed, or the database did.
+    """
+    now = datetime.now(UTC)
+    wanted = last_hour(now) if hour is None else hour.replace(tzinfo=UTC)
+    if wanted > last_hour(now):
+        raise click.BadParameter(
+            f"the hour {wanted:%Y-%m-%dT%H} (UTC) has not ended: it is {now:%Y-%m-%dT%H:%M:%SZ} now, and the last hour "
+            f"that ended is {last_hour(now):%Y-%m-%dT%H}.",
+            param_hint="--hour",
+        )
+    numbers = itertools.count(1)
+
+    def made(waiting: Waiting) -> None:
+        click.echo(f"{next(numbers):>6}  organization {waiting.organization}  entitlement {waiting.entitlement_id}")
+
+    async def work(database: Database) -> tuple[int, list[Waiting]]:
+        number = await roll_up_hour(database, partner_rule, wanted, wait=True, made=made)
+        # One that fails does not keep the others from theirs; what still waits is what failed.
+        return number, await database.background(
+            lambda c: waiting_entitlements(c, wanted, partner_rule, None, _FAILED_SHOWN), snapshot=True
+        )
+
+    number, failed = _with_database(database_url, data_dir, pg_bin, work, log_level=logging.ERROR)
+    told = f"the hour {wanted:%Y-%m-%dT%H:%M:%SZ}"
+    if number:
+        click.echo(f"{number} report{'s' if number > 1 else ''} of {told} made.")
+    elif not failed:
+        click.echo(f"No report of {told} made: nothing waits for it, or its reports are made already.")
+    if failed:
+        names = ", ".join(f"{one.entitlement_id} of {one.organization}" for one in failed)
+        raise click.ClickException(f"Records still wait for a report of {told}, under the entitlements {names}.")
+
+
 @click.group()
 def orgs() -> None:
     """Make and list organizations: the tenants, none of which sees another's data."""
@@ -321,12 +382,13 @@ def _with_database(
     work: Callable[[Database], Awaitable[Result]],
     *,
     migrated: bool = True,
+    log_level: int = logging.CRITICAL,
 ) -> Result:
     """Run `work` on the configured database, its schema brought up to date first if it is the embedded one."""
     # Beside a running server the embedded Postgres is up already, and has one owner: use that one.
     database_url = database_url or running_url(data_dir)
     config = replace(Config(), database_url=database_url, data_dir=data_dir, pg_bin=pg_bin)
-    log_to_stderr(logging.CRITICAL)  # what went wrong is said once, at the end
+    log_to_stderr(log_level)  # by default what went wrong is said once, at the end
 
     async def connected() -> Result:
         async with open_database(config) as (database, _):

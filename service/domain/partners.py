@@ -52,6 +52,11 @@ class PartnerRules:
             last = min(last, closes)
         return last
 
+    @property
+    def unit(self) -> Decimal:
+        """The smallest quantity that can be reported."""
+        return Decimal(1).scaleb(-self.reported_places)
+
     def reportable(self, quantity: Decimal) -> Decimal:
         """Return the most that can be reported of a quantity: not negative, cut to what the marketplace takes."""
         if quantity <= 0:

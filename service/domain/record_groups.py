@@ -1,9 +1,11 @@
 """Owns what a usage record group is, every rule by which one is valid, and how its state follows from its records'."""
 
 import enum
+import functools
 import json
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,12 +14,15 @@ from typing import Any, NamedTuple
 
 from service.domain import quantities
 from service.domain.entitlements import IN_FORCE, Dimension, Entitlement
+from service.domain.events import EVENTS_MAX
 from service.domain.metrics import BillableMetric, PropertyFilter, content_digest
 from service.domain.partners import SKEW, Partner, PartnerRules, Rules
 from service.errors import Reason, Violation
 
 GROUPS_MAX = 1_000
+# Records of one group, and of a whole batch: as many as events of one.
 RECORDS_MAX = 200
+BATCH_RECORDS_MAX = EVENTS_MAX
 ALLOCATIONS_MAX = 2_500
 TAGS_MAX = 5
 GROUP_BYTES_MAX = 1024 * 1024
@@ -96,7 +101,8 @@ class Allocation(NamedTuple):
 class NewGroup:
     """A group as sent. `records` maps a dimension's key or name to its quantity (None = a fault of it is known).
 
-    `meta` holds the other fields of meta_info that were set, JSON-ready: amounts and times as text.
+    `meta` holds the other fields of meta_info that were set, JSON-ready: amounts and times as text. One that is not
+    `readable` was too large to be looked into, and is judged no further.
     """
 
     id: str
@@ -108,18 +114,27 @@ class NewGroup:
     skip_validation: bool = False
     allocations: Mapping[str, tuple[Allocation, ...]] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    readable: bool = True
 
     def digest(self) -> bytes:
-        """Tell this content from any other; a timestamp that was left out is no part of it, nor is the id."""
+        """Tell this content from any other; a timestamp that was left out is no part of it, nor is the id.
+
+        Billable records, allocations and tags are the same in any order.
+        """
         return content_digest(
             {
                 "entitlement_id": self.entitlement_id,
                 "records": {key: _plain(quantity) for key, quantity in self.records.items()},
-                "billable_records": [(one.key, one.properties, _plain(one.quantity)) for one in self.billable_records],
+                "billable_records": sorted(
+                    (one.key, one.properties, _plain(one.quantity) or "") for one in self.billable_records
+                ),
                 "timestamp": self.timestamp and self.timestamp.isoformat(),
                 "source": self.source.value,
                 "skip_validation": self.skip_validation,
-                "allocations": allocations_json(self.allocations),
+                "allocations": {
+                    key: sorted((sorted(one.tags), _plain(one.quantity) or "") for one in parts)
+                    for key, parts in self.allocations.items()
+                },
                 "meta": dict(self.meta),
             }
         )
@@ -182,7 +197,7 @@ class GroupQuery(NamedTuple):
 
 
 class Circumstances(NamedTuple):
-    """All that a group is judged by beside itself. `now` None = the rules of lateness and clock do not apply."""
+    """All that a group is judged by beside itself. `now` None = once more, when it is stored: by the catalog alone."""
 
     entitlements: Mapping[str, Entitlement]
     metrics: Mapping[str, BillableMetric]
@@ -194,8 +209,11 @@ class Circumstances(NamedTuple):
 def violations(group: NewGroup, circumstances: Circumstances) -> list[Violation]:
     """Return every rule that a well-formed or partly malformed group breaks; paths are relative to the group.
 
-    What is malformed is not said here again: it is left out of what is judged.
+    What is malformed is not said here again: it is left out of what is judged. A group that is stored is judged again
+    by what it counts for and the entitlement's term and state, and by nothing that was settled when it was taken.
     """
+    if not group.readable:
+        return []
     entitlement = circumstances.entitlements.get(group.entitlement_id)
     faults = _exclusive(group)
     if entitlement is None and group.entitlement_id:
@@ -205,11 +223,14 @@ def violations(group: NewGroup, circumstances: Circumstances) -> list[Violation]
         message = "may only be set by administrators; leave it out"
         faults.append(Violation("meta_info.skip_validation", Reason.SKIP_VALIDATION_FORBIDDEN, message))
     skipped = group.skip_validation and circumstances.admin
-    faults += _keys(group, entitlement, circumstances.metrics, skipped=skipped)
+    faults += _keys(group, entitlement, circumstances, skipped=skipped)
+    faults += _tags(group)
     if skipped:
+        return faults + _times(group, None, circumstances)
+    faults += _times(group, entitlement, circumstances)
+    if circumstances.now is None:
         return faults
     faults += _zeros(group)
-    faults += _times(group, entitlement, circumstances)
     partner = circumstances.rules[entitlement.partner] if entitlement and entitlement.partner else None
     if entitlement and partner:
         faults += _amounts(group, entitlement, partner)
@@ -235,10 +256,8 @@ def resolved(group: NewGroup, entitlement: Entitlement) -> list[Record]:
     """Return a valid group's records by what they count for, in the order of their positions."""
     if group.billable_records:
         return [Record(one.key, _known(one.quantity), one.properties) for one in group.billable_records]
-    return [
-        Record(_resolve(name, entitlement.dimensions or ()) or name, _known(quantity))
-        for name, quantity in sorted(group.records.items())
-    ]
+    keys = _keys_by_name(entitlement.dimensions or ())
+    return [Record(keys.get(name) or name, _known(quantity)) for name, quantity in sorted(group.records.items())]
 
 
 def allocations_json(allocations: Mapping[str, Sequence[Allocation]]) -> dict[str, Any]:
@@ -265,9 +284,9 @@ def quantity_fault(text: str) -> str | None:
         return "is required: a decimal such as 12.5"
     if not _DECIMAL.fullmatch(text):
         return "must be a plain decimal such as 12.5, without sign, exponent or blanks"
-    if text.startswith("-"):
+    if text.startswith("-") and text.strip("-0."):
         return "must not be negative"
-    whole, _, fraction = text.partition(".")
+    whole, _, fraction = text.removeprefix("-").partition(".")
     if len(fraction) > PLACES_MAX or len(whole.lstrip("0")) + len(fraction) > DIGITS_MAX:
         return f"must have at most {DIGITS_MAX} digits, {PLACES_MAX} of them after the point"
     return None
@@ -287,7 +306,7 @@ def _exclusive(group: NewGroup) -> list[Violation]:
 
 
 def _keys(
-    group: NewGroup, entitlement: Entitlement | None, metrics: Mapping[str, BillableMetric], *, skipped: bool
+    group: NewGroup, entitlement: Entitlement | None, circumstances: Circumstances, *, skipped: bool
 ) -> list[Violation]:
     """Check what records count for. With the rules `skipped` keys are taken as they are, but no two for the same."""
     faults = []
@@ -299,10 +318,11 @@ def _keys(
     if entitlement is None:
         return faults
     dimensions = entitlement.dimensions or ()
+    keys = _keys_by_name(dimensions)
     counted_for: dict[str, str] = {}
     for name in sorted(group.records):
         path = f"records.{name}"
-        key = _resolve(name, dimensions)
+        key = keys.get(name)
         if key is None and not skipped:
             faults.append(_unresolved(path, name, dimensions))
         other = counted_for.setdefault(key or name, name)
@@ -310,17 +330,18 @@ def _keys(
             message = f"counts for the dimension {key!r}, as {other!r} does; add them up"
             faults.append(Violation(path, Reason.DUPLICATE_ITEM, message))
     if not skipped:
+        at = group.timestamp or circumstances.now
         for i, record in enumerate(group.billable_records):
-            faults += _billable(f"billable_records[{i}]", record, entitlement, metrics)
+            faults += _billable(f"billable_records[{i}]", record, entitlement, circumstances.metrics, at)
     return faults
 
 
-def _resolve(name: str, dimensions: Sequence[Dimension]) -> str | None:
-    """Return the key of the dimension that a record names by key or by name, None unless that is exactly one."""
-    if any(one.key == name for one in dimensions):
-        return name
-    keys = [one.key for one in dimensions if one.name == name]
-    return keys[0] if len(keys) == 1 else None
+@functools.lru_cache(maxsize=256)
+def _keys_by_name(dimensions: tuple[Dimension, ...]) -> Mapping[str, str]:
+    """Return the key of the dimension that a record names by key or by name, where that is exactly one."""
+    named = Counter(one.name for one in dimensions)
+    by_name = {one.name: one.key for one in dimensions if named[one.name] == 1}
+    return by_name | {one.key: one.key for one in dimensions}
 
 
 def _unresolved(path: str, name: str, dimensions: Sequence[Dimension]) -> Violation:
@@ -333,7 +354,11 @@ def _unresolved(path: str, name: str, dimensions: Sequence[Dimension]) -> Violat
 
 
 def _billable(
-    path: str, record: BillableRecord, entitlement: Entitlement, metrics: Mapping[str, BillableMetric]
+    path: str,
+    record: BillableRecord,
+    entitlement: Entitlement,
+    metrics: Mapping[str, BillableMetric],
+    at: datetime | None,
 ) -> list[Violation]:
     if not record.key:  # said already
         return []
@@ -342,8 +367,8 @@ def _billable(
         allowed = _listed(entitlement.billable_metric_keys) if entitlement.billable_metric_keys else "none"
         message = f"is no billable metric that the entitlement allows; it allows {allowed}"
         return [Violation(f"{path}.key", Reason.BILLABLE_METRIC_KEY_INVALID, message)]
-    if metric.archived_at is not None:
-        message = "is the key of an archived billable metric"
+    if metric.archived_at is not None and (at is None or at >= metric.archived_at):
+        message = f"is the key of a billable metric that was archived at {_shown(metric.archived_at)}"
         return [Violation(f"{path}.key", Reason.BILLABLE_METRIC_KEY_INVALID, message)]
     return [
         Violation(f"{path}.properties.{name}", Reason.PROPERTIES_MISMATCH, message)
@@ -432,13 +457,17 @@ def _allocations(group: NewGroup, entitlement: Entitlement | None, rules: Partne
         message = f"are not taken by {entitlement.partner.value}; leave them out"
         return [Violation(path, Reason.ALLOCATION_INVALID, message)]
     faults = []
-    dimensions = entitlement.dimensions or () if entitlement else ()
-    recorded = {_resolve(name, dimensions) or name: quantity for name, quantity in group.records.items()}
+    keys = _keys_by_name(entitlement.dimensions or () if entitlement else ())
+    recorded = {keys.get(name, name): quantity for name, quantity in group.records.items()}
     for one in group.billable_records:
         recorded[one.key] = _sum([recorded.get(one.key, Decimal(0)), one.quantity])
+    seen: dict[str, str] = {}
     for name, parts in sorted(group.allocations.items()):
         here = f"{path}.{name}"
-        key = _resolve(name, dimensions) or name
+        key = keys.get(name, name)
+        if (other := seen.setdefault(key, name)) != name:
+            message = f"is for the dimension {key!r}, as {other!r} is; give one of them"
+            faults.append(Violation(here, Reason.ALLOCATION_INVALID, message))
         if key not in recorded:
             faults.append(Violation(here, Reason.ALLOCATION_INVALID, "is of no record of the group"))
             continue
@@ -446,11 +475,18 @@ def _allocations(group: NewGroup, entitlement: Entitlement | None, rules: Partne
         if total is not None and quantity is not None and total != quantity:
             message = f"adds up to {quantities.plain(total)}, and the record says {quantities.plain(quantity)}"
             faults.append(Violation(here, Reason.ALLOCATION_INVALID, message))
-        faults += _tags(here, parts)
     return faults
 
 
-def _tags(path: str, parts: Sequence[Allocation]) -> list[Violation]:
+def _tags(group: NewGroup) -> list[Violation]:
+    """Check the form of allocations, which no rule lifts."""
+    faults = []
+    for name, parts in sorted(group.allocations.items()):
+        faults += _tags_of(f"meta_info.usage_allocations.{name}", parts)
+    return faults
+
+
+def _tags_of(path: str, parts: Sequence[Allocation]) -> list[Violation]:
     faults = []
     if not 1 <= len(parts) <= ALLOCATIONS_MAX:
         message = f"has {len(parts)} allocations; 1..{ALLOCATIONS_MAX:,} are allowed"

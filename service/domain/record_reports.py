@@ -103,10 +103,15 @@ class Used(NamedTuple):
 
 
 def lines(used: Mapping[str, Used], carried: Mapping[str, Decimal], rules: PartnerRules) -> list[Line]:
-    """Return what a report says of each dimension. What has nothing to tell is settled by that."""
+    """Return what a report says of each dimension: of those used, and of those that carried enough to be told.
+
+    What has nothing to tell is settled by that.
+    """
+    nothing = Used(Decimal(0), 0)
+    due = {key for key, quantity in carried.items() if rules.reportable(quantity)}
     found = []
-    for key, sum_ in sorted(used.items(), key=lambda one: one[0].encode()):
-        before = carried.get(key, Decimal(0))
+    for key in sorted(due | set(used), key=str.encode):
+        sum_, before = used.get(key, nothing), carried.get(key, Decimal(0))
         quantity = rules.reportable(quantities.add(before, sum_.quantity))
         outcome = None if quantity else ReportOutcome.REPORTED
         found.append(Line(key, quantity, sum_.quantity, before, sum_.records, outcome))

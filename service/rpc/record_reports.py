@@ -12,6 +12,8 @@ from service.rpc.pages import PageTokens, fitting, scope
 from service.rpc.wire import record_reports as wire
 from service.store import record_reports as store
 
+_COMPLETION_S = 600.0
+
 
 class UsageRecordReportService(usage_record_report_pb2_grpc.UsageRecordReportServiceServicer):
     """Hands hourly reports to marketplace reporters; see usage_record_report.proto."""
@@ -63,6 +65,8 @@ class UsageRecordReportService(usage_record_report_pb2_grpc.UsageRecordReportSer
         """See usage_record_report.proto."""
         told, org = wire.completion(request), organization()
         report = await self._database.write(
-            lambda c: store.complete_report(c, org, told.report_id, told.token, told.answers)
+            lambda c: store.complete_report(c, org, told.report_id, told.token, told.answers),
+            # However many groups are in it: the marketplace has taken the report, and that must be stored.
+            limit_s=_COMPLETION_S,
         )
         return pb.CompleteUsageRecordReportResponse(usage_record_report=wire.report(report, org))

@@ -80,7 +80,7 @@ async def update_product(
     connection: AsyncConnection, organization: str, product_id: str, changes: Mapping[str, Any]
 ) -> Product:
     """Set fields (`name`, `dimensions`) and make the record metrics of new dimensions; raises NotFound."""
-    old = await _find_product(connection, organization, product_id, _PRODUCTS.with_for_update())
+    old = await _find_product(connection, organization, product_id, _PRODUCTS.with_for_update(key_share=True))
     new = replace(old, **changes)
     if new == old:
         return old
@@ -186,7 +186,7 @@ async def update_entitlement(
     Raises NotFound; InvalidArgument for an end that is not after the start or unknown billable metric keys;
     FailedPrecondition for a status that cannot follow the present one.
     """
-    locked = _ENTITLEMENTS.with_for_update(of=entitlements)
+    locked = _ENTITLEMENTS.with_for_update(of=entitlements, key_share=True)
     old = await _find_entitlement(connection, organization, entitlement_id, locked)
     new = replace(old, **changes)
     if new == old:

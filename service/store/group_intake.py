@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.domain import quantities
 from service.domain.entitlements import Entitlement
 from service.domain.events import Event, EventSource, Verdict, event
-from service.domain.metrics import QUANTITY
+from service.domain.metrics import QUANTITY, RECORD_KEYS_MAX
 from service.domain.partners import Rules
 from service.domain.record_groups import (
     Circumstances,
@@ -73,7 +73,7 @@ async def validate_groups(
     """Return every fault of each group; one that is stored as it is has none. Writes nothing."""
     groups, _ = _apart(items)
     digests = await _stored_digests(connection, organization, groups)
-    now = datetime.now(UTC)
+    now = await _now(connection)
     judged = await _judge(connection, organization, items, digests, rules, now, admin=admin)
     return [
         judged.faults[i] if i in judged.faults else [] if digests[group.id] == group.digest() else [_CONFLICT]
@@ -94,13 +94,13 @@ async def report_groups(
 
     Returns one result per group, and what is stored under their ids, as much of it as takes about `shown_bytes_max`.
 
-    A stored id is answered before any rule that time or the catalog could have changed. Locks are taken in the order of
-    all writers: the organization's, groups, events, cells.
+    A stored id is answered before any rule that time or the catalog could have changed. Locks are taken in one order:
+    the organization's, new record metrics, the organization's counter of serial ids, groups, events, cells.
     """
     groups, malformed = _apart(items)
     await organizations.lock_shared(connection, organization)
     digests = await _stored_digests(connection, organization, groups)
-    now = datetime.now(UTC)
+    now = await _now(connection)
     judged = await _judge(connection, organization, items, digests, rules, now, admin=admin)
     fresh = {groups[i].id: i for i, faults in judged.faults.items() if not faults}
     stored = await _store(connection, organization, [groups[i] for i in fresh.values()], judged.entitlements, now)
@@ -124,6 +124,12 @@ def _apart(items: Sequence[Item]) -> tuple[list[NewGroup], list[Sequence[Violati
     """Return groups, and the faults of their form."""
     pairs = [(item, ()) if isinstance(item, NewGroup) else item for item in items]
     return [group for group, _ in pairs], [faults for _, faults in pairs]
+
+
+async def _now(connection: AsyncConnection) -> datetime:
+    """Return the database's time: that by which entitlements changed their states too."""
+    now: datetime = (await connection.execute(sa.select(sa.func.clock_timestamp()))).scalar_one()
+    return now
 
 
 async def _stored_digests(
@@ -161,8 +167,36 @@ async def _judge(
     for number, i in enumerate(wanted):
         if number % _SLICE == _SLICE - 1:
             await asyncio.sleep(0)
-        faults[i] = [*malformed[i], *violations(groups[i], circumstances), *([twice[i]] if i in twice else [])]
+        faults[i] = [*malformed[i], *violations(groups[i], circumstances)]
+        # Of a malformed group without an id nobody knows what it is a copy of.
+        if i in twice and (groups[i].id or not malformed[i]):
+            faults[i].append(twice[i])
+    unchecked = {i: groups[i] for i, found in faults.items() if groups[i].skip_validation and not found}
+    for i in await _beyond_keys(connection, organization, unchecked, entitlements) if unchecked else ():
+        message = f"would be too many keys of usage records: an organization can have {RECORD_KEYS_MAX:,}"
+        faults[i].append(Violation("records", Reason.LIMIT_EXCEEDED, message))
     return _Judged(faults, entitlements)
+
+
+async def _beyond_keys(
+    connection: AsyncConnection,
+    organization: str,
+    groups: Mapping[int, NewGroup],
+    entitlements: Mapping[str, Entitlement],
+) -> list[int]:
+    """Return those of valid groups with unchecked keys that bring more new ones than the organization may have."""
+    keys = {i: {one.key for one in resolved(group, entitlements[group.entitlement_id])} for i, group in groups.items()}
+    known = set(await metric_store.record_metrics(connection, organization, set().union(*keys.values())))
+    room = RECORD_KEYS_MAX - await metric_store.count_record_metrics(connection, organization)
+    beyond = []
+    for i, own in keys.items():
+        room -= len(own - known)
+        if room < 0:
+            beyond.append(i)
+            room += len(own - known)
+        else:
+            known |= own
+    return beyond
 
 
 async def _store(

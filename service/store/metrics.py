@@ -159,6 +159,14 @@ async def metrics_by_key(
     return {str(metric.key): metric for metric in found}
 
 
+async def count_record_metrics(connection: AsyncConnection, organization: str) -> int:
+    """Return how many record metrics the organization has."""
+    columns = billable_metrics.c
+    query = sa.select(sa.func.count()).where(columns.organization_id == organization, columns.record_key.is_not(None))
+    number: int = (await connection.execute(query)).scalar_one()
+    return number
+
+
 async def ensure_record_metrics(
     connection: AsyncConnection, organization: str, keys: Collection[str], field: str
 ) -> None:
@@ -186,9 +194,7 @@ async def ensure_record_metrics(
     ]
     if not rows:
         return
-    columns = billable_metrics.c
-    stored = sa.select(sa.func.count()).where(columns.organization_id == organization, columns.record_key.is_not(None))
-    if (await connection.execute(stored)).scalar_one() + len(rows) > RECORD_KEYS_MAX:
+    if await count_record_metrics(connection, organization) + len(rows) > RECORD_KEYS_MAX:
         message = f"would be too many keys of usage records: an organization can have {RECORD_KEYS_MAX:,}"
         raise invalid(field, Reason.LIMIT_EXCEEDED, message)
     await connection.execute(insert(billable_metrics).values(rows).on_conflict_do_nothing())

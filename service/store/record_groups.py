@@ -26,8 +26,8 @@ from service.store import metrics as metric_store
 from service.store import organizations
 from service.store.tables import INSTANT, customers, texts, usage_record_groups, usage_records
 
-# About what a group takes on the wire: what was reported is shown as it was sent, and once more record by record.
-_SIZE = (2 * sa.func.octet_length(sa.cast(usage_record_groups.c.meta_info, sa.Text)) + 300).label("size")
+# About what a group and each of its records take on the wire beside their texts.
+_GROUP_BYTES, _RECORD_BYTES = 300, 120
 
 Key = tuple[datetime, int]
 """Time of creation and serial id: what groups are listed by, the newest first."""
@@ -72,11 +72,7 @@ async def groups_within(
     connection: AsyncConnection, organization: str, ids: Sequence[str], bytes_max: int
 ) -> dict[str, StoredGroup]:
     """Return the groups that have these ids, in their order, as many as take about so many bytes."""
-    columns = usage_record_groups.c
-    query = sa.select(columns.id, _SIZE).where(
-        columns.organization_id == organization, columns.id == sa.any_(texts(ids))
-    )
-    sizes = {row.id: row.size for row in await connection.execute(query)}
+    sizes = await _sizes(connection, organization, ids)
     wanted = []
     for one in dict.fromkeys(ids):
         bytes_max -= sizes[one]
@@ -96,17 +92,18 @@ async def list_groups(
         last = sa.tuple_(sa.literal(after[0], INSTANT), sa.literal(after[1], sa.BigInteger))
         where += [columns.created_at <= after[0], sa.tuple_(columns.created_at, columns.serial_id) < last]
     keys = (
-        sa.select(columns.id, columns.created_at, columns.serial_id, _SIZE)
+        sa.select(columns.id, columns.created_at, columns.serial_id)
         .where(*where)
         .order_by(columns.created_at.desc(), columns.serial_id.desc())
         .offset(skip or None)
         .limit(limit + 1)
     )
     rows = (await connection.execute(keys)).all()
+    sizes = await _sizes(connection, organization, [row.id for row in rows])
     wanted: list[Any] = []
     size = 0
     for row in rows[:limit]:
-        size += row.size
+        size += sizes[row.id]
         if wanted and size > PAGE_BYTES_MAX:
             break
         wanted.append(row)
@@ -150,27 +147,49 @@ async def retry_group(connection: AsyncConnection, organization: str, group_id: 
 async def invalidate_groups(
     connection: AsyncConnection, organization: str, faults: Mapping[str, Sequence[Violation]]
 ) -> None:
-    """Make groups INVALID for the reasons given. They must be locked, and wait for a report."""
-    await _set_states(connection, organization, list(faults), RecordState.INVALID)
+    """Take groups that wait out of the way of reports, for the reasons given; they must be locked.
+
+    They become INVALID. Of one that is reported in part the records that wait fail instead: what was reported cannot be
+    deleted with them, and they can be retried once they are valid again.
+    """
     reason = (
         sa.func.unnest(
-            texts(list(faults)), texts([json.dumps([_reason(one) for one in found]) for found in faults.values()])
+            texts(list(faults)),
+            texts([json.dumps([_reason(one) for one in found]) for found in faults.values()]),
+            texts([f"not valid any more: {found[0].field} {found[0].message}" for found in faults.values()]),
         )
-        .table_valued("id", "reasons")
+        .table_valued("id", "reasons", "failure")
         .render_derived("found")
     )
-    columns = usage_record_groups.c
-    statement = (
+    records, groups = usage_records.c, usage_record_groups.c
+    other = usage_records.alias("other").c
+    in_part = sa.exists().where(
+        other.organization_id == organization,
+        other.group_id == reason.c.id,
+        other.state == RecordState.REPORTED.value,
+    )
+    await connection.execute(
         sa.update(usage_record_groups)
-        .where(columns.organization_id == organization, columns.id == reason.c.id)
+        .where(groups.organization_id == organization, groups.id == reason.c.id, sa.not_(in_part))
         .values(invalid_reasons=sa.cast(reason.c.reasons, JSONB))
     )
-    await connection.execute(statement)
+    await connection.execute(
+        sa.update(usage_records)
+        .where(
+            records.organization_id == organization,
+            records.group_id == reason.c.id,
+            records.state == RecordState.CREATED.value,
+        )
+        .values(
+            state=sa.case((in_part, RecordState.REPORT_FAILED.value), else_=RecordState.INVALID.value),
+            failure=sa.case((in_part, reason.c.failure)),
+        )
+    )
     await derive_statuses(connection, organization, list(faults))
 
 
 async def derive_statuses(connection: AsyncConnection, organization: str, ids: Sequence[str]) -> None:
-    """Give groups the status that follows from the states of their records, and the report these were last in."""
+    """Give groups the status that follows from the states of their records."""
     columns = usage_records.c
     first = sa.case(
         *((sa.func.bool_or(columns.state == state.value), sa.literal(state.value)) for state in STATUS_ORDER)
@@ -197,10 +216,30 @@ def transaction_id(group_id: str, position: int) -> str:
     return f"{RESERVED_PREFIX}{group_id}:{position}"
 
 
+async def _sizes(connection: AsyncConnection, organization: str, ids: Sequence[str]) -> dict[str, int]:
+    """Return about how many bytes the groups that have these ids take on the wire, by id."""
+    groups, records = usage_record_groups.c, usage_records.c
+    own = (
+        sa.select(
+            sa.func.sum(
+                2 * sa.func.octet_length(records.key)
+                + sa.func.coalesce(sa.func.octet_length(sa.cast(records.properties, sa.Text)), 0)
+                + _RECORD_BYTES
+            )
+        )
+        .where(records.organization_id == groups.organization_id, records.group_id == groups.id)
+        .scalar_subquery()
+    )
+    meta = sa.func.octet_length(sa.cast(groups.meta_info, sa.Text))
+    size = sa.cast(meta + sa.func.coalesce(own, 0) + _GROUP_BYTES, sa.BigInteger)
+    query = sa.select(groups.id, size).where(groups.organization_id == organization, groups.id == sa.any_(texts(ids)))
+    return {row[0]: row[1] for row in await connection.execute(query)}
+
+
 async def _locked(connection: AsyncConnection, organization: str, group_id: str) -> StoredGroup:
     columns = usage_record_groups.c
     query = sa.select(columns.id).where(columns.organization_id == organization, columns.id == group_id)
-    if (await connection.execute(query.with_for_update())).first() is None:
+    if (await connection.execute(query.with_for_update(key_share=True))).first() is None:
         raise _not_found(group_id)
     return await get_group(connection, organization, group_id)
 

@@ -90,9 +90,16 @@ async def lease_reports(
     columns = usage_record_reports.c
     order = (columns.report_deadline, columns.id)
     held = (columns.lease_token == token,)
+    now = sa.func.clock_timestamp()
+    until = now + sa.cast(sa.literal(duration), sa.Interval)
+    renewed = (
+        sa.update(usage_record_reports)
+        .where(columns.organization_id == organization, *held, columns.lease_deadline <= now)
+        .values(lease_deadline=until, lease_count=columns.lease_count + 1)
+    )
+    await connection.execute(renewed)
     if found := await _reports(connection, organization, *held, order=order):
         return found
-    now = sa.func.clock_timestamp()
     where = [
         columns.organization_id == organization,
         columns.status == sa.literal_column("'PENDING'"),
@@ -105,11 +112,7 @@ async def lease_reports(
     taken = (
         sa.update(usage_record_reports)
         .where(columns.organization_id == organization, columns.id == sa.any_(uuids(ids)))
-        .values(
-            lease_token=token,
-            lease_deadline=now + sa.cast(sa.literal(duration), sa.Interval),
-            lease_count=columns.lease_count + 1,
-        )
+        .values(lease_token=token, lease_deadline=until, lease_count=columns.lease_count + 1)
     )
     await connection.execute(taken)
     return await _reports(connection, organization, *held, order=order) if ids else []
@@ -153,7 +156,8 @@ async def complete_report(
     )
     status = ReportStatus.FAILED if failed else ReportStatus.SUCCEEDED
     statement = sa.update(usage_record_reports).where(*named)
-    await connection.execute(statement.values(status=status.value, completed_at=sa.func.clock_timestamp()))
+    ended = {"status": status.value, "completed_at": sa.func.clock_timestamp(), "lease_deadline": None}
+    await connection.execute(statement.values(**ended))
     (report,) = await _reports(connection, organization, columns.id == report_id)
     return report
 
@@ -162,7 +166,8 @@ async def lock_entitlement(connection: AsyncConnection, organization: str, entit
     """Lock an entitlement and what it carries, until this transaction ends."""
     columns = entitlements.c
     query = sa.select(columns.id).where(columns.organization_id == organization, columns.id == entitlement_id)
-    await connection.execute(query.with_for_update())
+    # Not against what refers to it: groups are reported meanwhile.
+    await connection.execute(query.with_for_update(key_share=True))
 
 
 async def carry(
@@ -211,7 +216,7 @@ async def _answer(
         sa.select(own.id)
         .where(own.organization_id == organization, own.id.in_(sa.select(columns.group_id).where(*pending)))
         .order_by(own.id)
-        .with_for_update()
+        .with_for_update(key_share=True)
     )
     ids = list((await connection.execute(groups)).scalars())
     failed = said.c.outcome == ReportOutcome.FAILED.value

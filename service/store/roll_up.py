@@ -1,5 +1,6 @@
 """Every statement by which the records that wait become the hourly reports of their entitlements."""
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.entitlements import Dimension, Entitlement
+from service.domain.entitlements import IN_FORCE, Dimension, Entitlement
 from service.domain.partners import Rules
 from service.domain.record_groups import BillableRecord, Circumstances, GroupStatus, NewGroup, RecordState, violations
 from service.domain.record_reports import Line, ReportStatus, Used, lines
@@ -19,6 +20,7 @@ from service.store import metrics as metric_store
 from service.store import record_groups as group_store
 from service.store.record_reports import carry, lock_entitlement
 from service.store.tables import (
+    NUMERIC,
     entitlement_carries,
     entitlements,
     texts,
@@ -30,7 +32,7 @@ from service.store.tables import (
 
 HOUR = timedelta(hours=1)
 # Groups judged at once.
-_SLICE = 500
+_SLICE = 100
 _LEADER_LOCK = 7_301_212
 
 
@@ -42,10 +44,23 @@ class Waiting(NamedTuple):
 
 
 async def waiting_entitlements(
-    connection: AsyncConnection, hour: datetime, after: Waiting | None, limit: int
+    connection: AsyncConnection, hour: datetime, rules: Rules, after: Waiting | None, limit: int
 ) -> list[Waiting]:
-    """Return entitlements after the one given with records used before the end of an hour, and no report of it yet."""
+    """Return entitlements after the one given with something to report for an hour, and no report of it yet.
+
+    That is records used before its end that wait; or, while it is in force, enough that was carried.
+    """
     columns = entitlements.c
+    carry = entitlement_carries.c
+    unit = sa.case(*((columns.partner == one.value, sa.literal(rule.unit, NUMERIC)) for one, rule in rules.items()))
+    due = sa.and_(
+        columns.status == sa.any_(texts([one.value for one in IN_FORCE])),
+        sa.or_(columns.ending_before.is_(None), columns.ending_before > hour),
+        sa.exists()
+        .where(carry.organization_id == columns.organization_id)
+        .where(carry.entitlement_id == columns.id)
+        .where(carry.carried >= unit),
+    )
     waits = (
         sa.exists()
         .where(usage_records.c.organization_id == columns.organization_id)
@@ -61,7 +76,7 @@ async def waiting_entitlements(
     )
     query = (
         sa.select(columns.organization_id, columns.id)
-        .where(waits, sa.not_(reported))
+        .where(sa.or_(waits, due), sa.not_(reported))
         .order_by(columns.organization_id, columns.id)
         .limit(limit)
     )
@@ -81,10 +96,10 @@ async def lead(connection: AsyncConnection, *, wait: bool) -> bool:
 async def roll_up(
     connection: AsyncConnection, organization: str, entitlement_id: str, hour: datetime, rules: Rules
 ) -> uuid.UUID | None:
-    """Make the report of an entitlement's hour out of the records that wait; returns its id, None if there is nothing.
+    """Make the report of an entitlement's hour out of the records that wait, and of what was carried.
 
-    Groups that do not validate any more become INVALID instead. Locks are taken in one order: the entitlement, groups
-    by their ids, what is carried.
+    Returns its id, None if there is nothing to report. Groups that do not validate any more are left out. Locks are
+    taken in one order: the entitlement, groups by their ids, what is carried.
     """
     await lock_entitlement(connection, organization, entitlement_id)
     if await _is_reported(connection, organization, entitlement_id, hour):
@@ -94,11 +109,15 @@ async def roll_up(
     ]
     ids = await _lock_waiting(connection, organization, entitlement_id, hour + HOUR)
     ids = await _still_valid(connection, organization, entitlement, ids, rules)
-    if not ids or entitlement.partner is None:
+    ended = entitlement.ending_before is not None and entitlement.ending_before <= hour
+    # What is left of one that ended is shown, and not reported by itself.
+    if entitlement.partner is None or (not ids and (ended or entitlement.status not in IN_FORCE)):
         return None
     used = await _used(connection, organization, ids)
     carried = await _carried(connection, organization, entitlement_id)
     found = lines(used, carried, rules[entitlement.partner])
+    if not found:
+        return None
     report_id = uuid.uuid4()
     pending = any(line.outcome is None for line in found)
     now = sa.func.clock_timestamp()
@@ -167,7 +186,7 @@ async def _lock_waiting(
         # Looked at again once the lock is granted: one that was deleted meanwhile does not wait any more.
         .where(columns.status == GroupStatus.CREATED.value)
         .order_by(columns.id)
-        .with_for_update()
+        .with_for_update(key_share=True)
     )
     return list((await connection.execute(query)).scalars())
 
@@ -182,6 +201,8 @@ async def _still_valid(
     circumstances = Circumstances({entitlement.id: keyed}, metrics, rules, None)
     valid: list[str] = []
     for start in range(0, len(ids), _SLICE):
+        # So that calls of the server that this runs in get their turns.
+        await asyncio.sleep(0)
         groups = await _as_reported(connection, organization, entitlement.id, ids[start : start + _SLICE])
         found = {group.id: violations(group, circumstances) for group in groups}
         faults = {group_id: reasons for group_id, reasons in found.items() if reasons}
@@ -194,7 +215,7 @@ async def _still_valid(
 async def _as_reported(
     connection: AsyncConnection, organization: str, entitlement_id: str, ids: Sequence[str]
 ) -> list[NewGroup]:
-    """Return groups as they would be reported now, those apart that were stored without validation."""
+    """Return what waits of groups as it would be reported now, those apart that were stored without validation."""
     columns, own = usage_records.c, usage_record_groups.c
     query = (
         sa.select(
@@ -211,6 +232,7 @@ async def _as_reported(
         .where(
             columns.organization_id == organization,
             columns.group_id == sa.any_(texts(ids)),
+            columns.state == RecordState.CREATED.value,
             sa.not_(own.meta_info.has_key("skip_validation")),
         )
         .order_by(columns.group_id, columns.position)

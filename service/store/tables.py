@@ -196,7 +196,7 @@ usage_distinct_values = sa.Table(
     sa.Column("value_digest", BYTEA, primary_key=True),
 )
 
-# What is sold on the marketplaces; dimensions are a list of {"key", "name"}.
+# What is sold on the marketplaces; dimensions are a list of [key, name].
 products = sa.Table(
     "products",
     METADATA,

@@ -82,7 +82,7 @@ class _UsageRecordGroupStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper
     """Deleted; it counts nowhere."""
     USAGE_RECORD_GROUP_STATUS_INVALID: _UsageRecordGroupStatus.ValueType  # 3
     """It did not validate any more when its hour was rolled up (see `invalid_reasons`). It can only be deleted; until
-    then it counts as usage.
+    then it counts as usage. (Of a group that was reported in part, the rest becomes REPORT_FAILED instead.)
     """
     USAGE_RECORD_GROUP_STATUS_REPORTED: _UsageRecordGroupStatus.ValueType  # 4
     """All its records were taken by the marketplace."""
@@ -102,7 +102,7 @@ USAGE_RECORD_GROUP_STATUS_DELETED: UsageRecordGroupStatus.ValueType  # 2
 """Deleted; it counts nowhere."""
 USAGE_RECORD_GROUP_STATUS_INVALID: UsageRecordGroupStatus.ValueType  # 3
 """It did not validate any more when its hour was rolled up (see `invalid_reasons`). It can only be deleted; until
-then it counts as usage.
+then it counts as usage. (Of a group that was reported in part, the rest becomes REPORT_FAILED instead.)
 """
 USAGE_RECORD_GROUP_STATUS_REPORTED: UsageRecordGroupStatus.ValueType  # 4
 """All its records were taken by the marketplace."""
@@ -385,7 +385,9 @@ class UsageRecordGroupMetaInfo(_message.Message):
 
     @_builtins.property
     def usage_allocations(self) -> _containers.MessageMap[_builtins.str, Global___UsageAllocations]:
-        """How the quantities divide over tags, by dimension key or name as in the records. Only for AWS."""
+        """How the quantities divide over tags, by dimension key or name as in the records. Only for AWS. Kept with the group;
+        hourly reports do not divide their quantities.
+        """
 
     @_builtins.property
     def lago_usage_start_time(self) -> _timestamp_pb2.Timestamp:
@@ -619,7 +621,7 @@ class UsageRecordGroup(_message.Message):
 
     @_builtins.property
     def meta_info(self) -> Global___UsageRecordGroupMetaInfo:
-        """What is known about it; `timestamp` and `origin_records` are always set."""
+        """What is known about it; `source` and `timestamp` are always set, `origin_records` or `billable_records` too."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

@@ -87,7 +87,7 @@ class UsageRecordGroupServiceServicer:
         """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same
         function. Writes nothing. A faulty group is an answer, not an error of the call.
 
-        Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000.
+        Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, or more than 10,000 records together.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,8 +101,9 @@ class UsageRecordGroupServiceServicer:
         any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken
         connection the outcome is unknown: send the same groups with the same ids again.
 
-        Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, RESOURCE_EXHAUSTED (retry later) when
-        the server has too much in flight, UNAVAILABLE when the database does not answer.
+        Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, or more than 10,000 records together,
+        RESOURCE_EXHAUSTED (retry later) when the server has too much in flight, UNAVAILABLE when the database does not
+        answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

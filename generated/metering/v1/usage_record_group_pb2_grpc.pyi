@@ -44,7 +44,7 @@ class UsageRecordGroupServiceStub:
     """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same
     function. Writes nothing. A faulty group is an answer, not an error of the call.
 
-    Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000.
+    Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, or more than 10,000 records together.
     """
     ReportUsageRecordGroups: _grpc.UnaryUnaryMultiCallable[_usage_record_group_pb2.ReportUsageRecordGroupsRequest, _usage_record_group_pb2.ReportUsageRecordGroupsResponse]
     """Stores groups, and their records as usage, in one transaction. Each group gets its own verdict; one that is
@@ -54,8 +54,9 @@ class UsageRecordGroupServiceStub:
     any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken
     connection the outcome is unknown: send the same groups with the same ids again.
 
-    Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, RESOURCE_EXHAUSTED (retry later) when
-    the server has too much in flight, UNAVAILABLE when the database does not answer.
+    Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, or more than 10,000 records together,
+    RESOURCE_EXHAUSTED (retry later) when the server has too much in flight, UNAVAILABLE when the database does not
+    answer.
     """
     ListUsageRecordGroups: _grpc.UnaryUnaryMultiCallable[_usage_record_group_pb2.ListUsageRecordGroupsRequest, _usage_record_group_pb2.ListUsageRecordGroupsResponse]
     """Lists groups, the newest first; deleted ones too, unless the filters leave them out. A group that is reported while
@@ -93,7 +94,7 @@ class UsageRecordGroupServiceAsyncStub(UsageRecordGroupServiceStub):
     """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same
     function. Writes nothing. A faulty group is an answer, not an error of the call.
 
-    Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000.
+    Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, or more than 10,000 records together.
     """
     ReportUsageRecordGroups: _aio.UnaryUnaryMultiCallable[_usage_record_group_pb2.ReportUsageRecordGroupsRequest, _usage_record_group_pb2.ReportUsageRecordGroupsResponse]  # type: ignore[assignment]
     """Stores groups, and their records as usage, in one transaction. Each group gets its own verdict; one that is
@@ -103,8 +104,9 @@ class UsageRecordGroupServiceAsyncStub(UsageRecordGroupServiceStub):
     any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken
     connection the outcome is unknown: send the same groups with the same ids again.
 
-    Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, RESOURCE_EXHAUSTED (retry later) when
-    the server has too much in flight, UNAVAILABLE when the database does not answer.
+    Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, or more than 10,000 records together,
+    RESOURCE_EXHAUSTED (retry later) when the server has too much in flight, UNAVAILABLE when the database does not
+    answer.
     """
     ListUsageRecordGroups: _aio.UnaryUnaryMultiCallable[_usage_record_group_pb2.ListUsageRecordGroupsRequest, _usage_record_group_pb2.ListUsageRecordGroupsResponse]  # type: ignore[assignment]
     """Lists groups, the newest first; deleted ones too, unless the filters leave them out. A group that is reported while
@@ -145,7 +147,7 @@ class UsageRecordGroupServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says of each group whether ReportUsageRecordGroups would take it, with every fault it has. Decided by the same
         function. Writes nothing. A faulty group is an answer, not an error of the call.
 
-        Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000.
+        Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, or more than 10,000 records together.
         """
 
     @_abc_1.abstractmethod
@@ -161,8 +163,9 @@ class UsageRecordGroupServiceServicer(metaclass=_abc_1.ABCMeta):
         any rule that time or the catalog could have changed. After UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED or a broken
         connection the outcome is unknown: send the same groups with the same ids again.
 
-        Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, RESOURCE_EXHAUSTED (retry later) when
-        the server has too much in flight, UNAVAILABLE when the database does not answer.
+        Fails with INVALID_ARGUMENT when `groups` is empty or holds more than 1,000, or more than 10,000 records together,
+        RESOURCE_EXHAUSTED (retry later) when the server has too much in flight, UNAVAILABLE when the database does not
+        answer.
         """
 
     @_abc_1.abstractmethod

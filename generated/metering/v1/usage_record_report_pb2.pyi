@@ -171,7 +171,7 @@ class UsageRecordReport(_message.Message):
 
     @_builtins.property
     def report_deadline(self) -> _timestamp_pb2.Timestamp:
-        """The last moment at which the marketplace takes it."""
+        """The moment from which on the marketplace refuses it."""
 
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageRecordReportRecord]:
@@ -187,7 +187,7 @@ class UsageRecordReport(_message.Message):
 
     @_builtins.property
     def lease_deadline(self) -> _timestamp_pb2.Timestamp:
-        """Until when it is leased; unset = it is not."""
+        """Until when it is leased; in the past = it can be handed out again. Unset = it was not leased yet, or is completed."""
 
     def __init__(
         self,

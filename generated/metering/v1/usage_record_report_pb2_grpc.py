@@ -80,8 +80,9 @@ class UsageRecordReportServiceServicer:
         """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is
         not completed before its lease ends is handed out again.
 
-        Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under
-        that token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
+        Idempotent: repeated with the same `lease_token` it answers with the same reports, renewing what has run out, while
+        any of them is still under that token, and takes no others. Use a new token for every new lease. Fails with
+        INVALID_ARGUMENT on a bad field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,8 +48,9 @@ class UsageRecordReportServiceStub:
     """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is
     not completed before its lease ends is handed out again.
 
-    Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under
-    that token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
+    Idempotent: repeated with the same `lease_token` it answers with the same reports, renewing what has run out, while
+    any of them is still under that token, and takes no others. Use a new token for every new lease. Fails with
+    INVALID_ARGUMENT on a bad field.
     """
     CompleteUsageRecordReport: _grpc.UnaryUnaryMultiCallable[_usage_record_report_pb2.CompleteUsageRecordReportRequest, _usage_record_report_pb2.CompleteUsageRecordReportResponse]
     """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong
@@ -81,8 +82,9 @@ class UsageRecordReportServiceAsyncStub(UsageRecordReportServiceStub):
     """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is
     not completed before its lease ends is handed out again.
 
-    Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under
-    that token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
+    Idempotent: repeated with the same `lease_token` it answers with the same reports, renewing what has run out, while
+    any of them is still under that token, and takes no others. Use a new token for every new lease. Fails with
+    INVALID_ARGUMENT on a bad field.
     """
     CompleteUsageRecordReport: _aio.UnaryUnaryMultiCallable[_usage_record_report_pb2.CompleteUsageRecordReportRequest, _usage_record_report_pb2.CompleteUsageRecordReportResponse]  # type: ignore[assignment]
     """Tells what the marketplace said of each record of a leased report: moves the records, and the groups they belong
@@ -123,8 +125,9 @@ class UsageRecordReportServiceServicer(metaclass=_abc_1.ABCMeta):
         """Hands reports to a reporter, those that must be reported first ahead, each to one reporter at a time. One that is
         not completed before its lease ends is handed out again.
 
-        Idempotent: repeated with the same `lease_token` it answers with the same reports while any of them is still under
-        that token, and takes no others. Use a new token for every new lease. Fails with INVALID_ARGUMENT on a bad field.
+        Idempotent: repeated with the same `lease_token` it answers with the same reports, renewing what has run out, while
+        any of them is still under that token, and takes no others. Use a new token for every new lease. Fails with
+        INVALID_ARGUMENT on a bad field.
         """
 
     @_abc_1.abstractmethod

@@ -1,5 +1,6 @@
 """Usage record groups on the wire."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,15 +76,22 @@ async def new_groups(sent: Sequence[usage_record_group_pb2.NewUsageRecordGroup],
     if len(sent) > most:
         message = f"has {len(sent):,} groups; at most {most:,} are allowed: split the batch"
         raise InvalidArgument([Violation("groups", Reason.LIMIT_EXCEEDED, message)])
+    records = sum(
+        len(one.records) + max(len(one.billable_records), len(one.meta_info.billable_records)) for one in sent
+    )
+    if records > (most := record_groups.BATCH_RECORDS_MAX):
+        message = f"have {records:,} records together; at most {most:,} are allowed: split the batch"
+        raise InvalidArgument([Violation("groups", Reason.LIMIT_EXCEEDED, message)])
     return await in_slices(lambda one: _new_group(one, ids_required=ids_required), sent)
 
 
 def _new_group(message: usage_record_group_pb2.NewUsageRecordGroup, *, ids_required: bool) -> Item:
     faults: list[Violation] = []
     meta = message.meta_info
-    if (size := message.ByteSize()) > record_groups.GROUP_BYTES_MAX:
-        text = f"takes {size:,} bytes; at most {record_groups.GROUP_BYTES_MAX:,} are allowed"
-        faults.append(Violation("records", Reason.LIMIT_EXCEEDED, text))
+    group_id = _identifier("id", message.id, faults, required=ids_required)
+    entitlement_id = _identifier("entitlement_id", message.entitlement_id, faults)
+    if fault := _too_large(message):
+        return record_groups.NewGroup(group_id, entitlement_id, readable=False), (*faults, fault)
     records = _records(message.records, faults)
     billable = _billable_records("billable_records", message.billable_records, faults)
     if meta.billable_records:
@@ -106,8 +114,8 @@ def _new_group(message: usage_record_group_pb2.NewUsageRecordGroup, *, ids_requi
     if meta.source:
         source = enum_value("meta_info.source", meta.source, _SOURCES, faults) or source
     group = record_groups.NewGroup(
-        id=_identifier("id", message.id, faults, required=ids_required),
-        entitlement_id=_identifier("entitlement_id", message.entitlement_id, faults),
+        id=group_id,
+        entitlement_id=entitlement_id,
         records=records,
         billable_records=billable,
         timestamp=at or inside_at,
@@ -117,6 +125,31 @@ def _new_group(message: usage_record_group_pb2.NewUsageRecordGroup, *, ids_requi
         meta=_meta(meta, faults),
     )
     return (group, tuple(faults)) if faults else group
+
+
+def _too_large(message: usage_record_group_pb2.NewUsageRecordGroup) -> Violation | None:
+    """Return the fault of a group that is too large to be looked into: what is in it would keep others waiting."""
+    meta = message.meta_info
+    if (size := message.ByteSize()) > (most := record_groups.GROUP_BYTES_MAX):
+        return Violation(
+            "records", Reason.LIMIT_EXCEEDED, f"and the rest take {size:,} bytes; at most {most:,} are allowed"
+        )
+    allocations = meta.usage_allocations
+    for path, number, most in (
+        ("records", len(message.records), record_groups.RECORDS_MAX),
+        ("billable_records", len(message.billable_records), record_groups.RECORDS_MAX),
+        ("meta_info.billable_records", len(meta.billable_records), record_groups.RECORDS_MAX),
+        ("meta_info.origin_records", len(meta.origin_records), record_groups.RECORDS_MAX),
+        ("meta_info.usage_allocations", len(allocations), record_groups.RECORDS_MAX),
+        *(
+            (f"meta_info.usage_allocations.{name}", len(parts.allocations), record_groups.ALLOCATIONS_MAX)
+            for name, parts in itertools.islice(allocations.items(), record_groups.RECORDS_MAX)
+        ),
+    ):
+        if number > most:
+            text = f"has {number:,} entries; at most {most:,} are allowed"
+            return Violation(path, Reason.LIMIT_EXCEEDED, text)
+    return None
 
 
 def _identifier(path: str, sent: str, faults: list[Violation], *, required: bool = True) -> str:
@@ -130,10 +163,8 @@ def _identifier(path: str, sent: str, faults: list[Violation], *, required: bool
 
 
 def _records(sent: Mapping[str, str], faults: list[Violation]) -> dict[str, Decimal | None]:
-    if len(sent) > record_groups.RECORDS_MAX:
-        faults.append(_too_many("records", len(sent)))
     found = {}
-    for name in sorted(sent)[: record_groups.RECORDS_MAX]:
+    for name in sorted(sent):
         if fault := checks.identifier("key", name):
             faults.append(Violation("records", fault.reason, f"has a key that {fault.message}"))
         found[name] = _quantity(f"records.{name}", sent[name], faults)
@@ -143,10 +174,8 @@ def _records(sent: Mapping[str, str], faults: list[Violation]) -> dict[str, Deci
 def _billable_records(
     path: str, sent: Sequence[usage_record_group_pb2.BillableRecord], faults: list[Violation]
 ) -> tuple[record_groups.BillableRecord, ...]:
-    if len(sent) > record_groups.RECORDS_MAX:
-        faults.append(_too_many(path, len(sent)))
     found = []
-    for i, one in enumerate(sent[: record_groups.RECORDS_MAX]):
+    for i, one in enumerate(sent):
         here = f"{path}[{i}]"
         fault = checks.identifier(f"{here}.key", one.key)
         own: list[Violation] = [fault] if fault else []
@@ -164,23 +193,22 @@ def _quantity(path: str, sent: str, faults: list[Violation]) -> Decimal | None:
     if fault := record_groups.quantity_fault(sent):
         faults.append(Violation(path, Reason.QUANTITY_INVALID if sent else Reason.FIELD_REQUIRED, fault))
         return None
-    return Decimal(sent)
+    return Decimal(sent.removeprefix("-"))  # a minus was that of a zero
 
 
 def _allocations(
     sent: Mapping[str, usage_record_group_pb2.UsageAllocations], faults: list[Violation]
 ) -> dict[str, tuple[record_groups.Allocation, ...]]:
     path = "meta_info.usage_allocations"
-    if len(sent) > record_groups.RECORDS_MAX:
-        faults.append(_too_many(path, len(sent)))
     found = {}
-    for name in sorted(sent)[: record_groups.RECORDS_MAX]:
+    for name in sorted(sent):
         if fault := checks.identifier("key", name):
             faults.append(Violation(path, fault.reason, f"has a key that {fault.message}"))
         found[name] = tuple(
             record_groups.Allocation(
                 _quantity(f"{path}.{name}.allocations[{i}].quantity", one.quantity, faults),
-                tuple((tag.key, tag.value) for tag in one.tags),
+                # One more than is allowed tells that there are too many.
+                tuple((tag.key, tag.value) for tag in one.tags[: record_groups.TAGS_MAX + 1]),
             )
             for i, one in enumerate(sent[name].allocations)
         )
@@ -226,11 +254,6 @@ def _instant(field: str, message: Any, faults: list[Violation], path: str = "") 
 def _differs(field: str, other: str = "") -> Violation:
     text = f"differs from {other or field} of the group; give one of them, or both the same"
     return Violation(f"meta_info.{field}", Reason.META_INFO_MISMATCH, text)
-
-
-def _too_many(path: str, number: int) -> Violation:
-    text = f"has {number:,} entries; at most {record_groups.RECORDS_MAX} are allowed"
-    return Violation(path, Reason.LIMIT_EXCEEDED, text)
 
 
 def group_id(sent: str) -> str:
@@ -300,12 +323,21 @@ def _object_filter(sent: str) -> tuple[str | None, str | None]:
     def constant(text: str) -> None:
         raise ValueError(f"has {text}, which is not JSON")
 
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Postgres would look at all of them, whatever is wrong with any.
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("has one name twice in an object")
+        return dict(pairs)
+
     try:
-        wanted = json.loads(sent, parse_int=number, parse_float=number, parse_constant=constant)
+        wanted = json.loads(
+            sent, parse_int=number, parse_float=number, parse_constant=constant, object_pairs_hook=members
+        )
         # Postgres takes neither NUL nor half a character.
-        if "\\u0000" in json.dumps(wanted) or "\0" in sent:
+        text = json.dumps(wanted, ensure_ascii=False)
+        text.encode()
+        if "\0" in sent or "\\u0000" in text.replace("\\\\", ""):
             raise ValueError("has a NUL character")
-        json.dumps(wanted, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         cause = str(error) if not isinstance(error, json.JSONDecodeError | RecursionError | UnicodeError) else ""
         return cause or "is neither name=value nor a JSON object", None

@@ -8,7 +8,7 @@ from metering.v1 import usage_record_report_pb2
 from service.domain import checks, quantities, record_reports
 from service.domain.entitlements import ID_MAX
 from service.domain.partners import Partner
-from service.errors import Reason, Violation
+from service.errors import InvalidArgument, Reason, Violation
 from service.rpc.wire import enum_value, raise_any, read_dates, timestamp
 from service.rpc.wire.entitlements import PARTNER_NUMBERS, PARTNERS
 
@@ -95,6 +95,9 @@ def completion(request: usage_record_report_pb2.CompleteUsageRecordReportRequest
     if fault := checks.identifier("lease_token", request.lease_token):
         faults.append(fault)
     answers: dict[str, record_reports.Answer] = {}
+    if len(request.outcomes) > record_reports.LINES_MAX:
+        text = f"has {len(request.outcomes):,} items; at most {record_reports.LINES_MAX:,} are allowed"
+        raise InvalidArgument([Violation("outcomes", Reason.LIMIT_EXCEEDED, text)])
     for i, sent in enumerate(request.outcomes):
         path = f"outcomes[{i}]"
         outcome = enum_value(f"{path}.outcome", sent.outcome, _OUTCOMES, faults)
