@@ -49,6 +49,7 @@ from service.rpc.record_groups import UsageRecordGroupService
 from service.rpc.record_reports import UsageRecordReportService
 from service.rpc.streams import Streams
 from service.rpc.usage import UsageService
+from service.rpc.wire.record_groups import DECODERS
 
 log = structlog.get_logger("metering.server")
 
@@ -104,7 +105,8 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
     if await auth.is_open():
         _require_local(config.listen)
     streams, stream_bytes = Streams(config.stream_stall), RequestBytes(config.request_bytes_max)
-    interceptor = Interceptor(auth, RequestBytes(config.request_bytes_max), streams, stream_bytes)
+    unary_bytes = RequestBytes(config.request_bytes_max)
+    interceptor = Interceptor(auth, unary_bytes, streams, stream_bytes, DECODERS)
     server = grpc.aio.server(interceptors=[interceptor], options=list(_OPTIONS))
     events = EventService(database, tokens, ingest, streams, stream_bytes)
     event_pb2_grpc.add_EventServiceServicer_to_server(events, server)

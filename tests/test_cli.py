@@ -23,6 +23,7 @@ from scripted import Play, Refusal, ScriptedServer, messages, refused, silent
 
 from metering.v1 import event_pb2, usage_pb2
 from service.cli import COMMANDS, client, events, ingest, main
+from service.server import SERVICES
 
 SEARCH = event_pb2.DESCRIPTOR.services_by_name["EventService"].methods_by_name["SearchEvents"]
 UNMATCHED = event_pb2.DESCRIPTOR.services_by_name["EventService"].methods_by_name["ListUnmatchedCustomerKeys"]
@@ -145,7 +146,20 @@ def test_help_needs_no_command_module() -> None:
     assert [name for name in COMMANDS if f"  {name} " not in done.stdout] == []
 
 
-@pytest.mark.parametrize("name", ["ingest", "usage", "health", "events search", "events explain", "events unmatched"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ingest",
+        "usage",
+        "health",
+        "events search",
+        "events explain",
+        "events unmatched",
+        "groups validate",
+        "groups report",
+        "groups list",
+    ],
+)
 def test_commands_load(name: str) -> None:
     """Each client command is found through the table and explains itself."""
     result = CliRunner().invoke(main, [*name.split(), "--help"])
@@ -784,17 +798,11 @@ def serving(request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckRes
 
 
 def test_health_asks_for_every_service(server: Server) -> None:
-    """Without options health asks for the process and the four services, each under the deadline."""
+    """Without options health asks for the process and all services of the server, each under the deadline."""
     result = server.run(["health"], CHECK, serving)
     assert result.exit_code == 0
-    assert [request.service for request in server.requests] == [
-        "",
-        "metering.v1.EventService",
-        "metering.v1.BillableMetricService",
-        "metering.v1.CustomerService",
-        "metering.v1.UsageService",
-    ]
-    assert server.channel.timeouts == [5.0] * 5
+    assert [request.service for request in server.requests] == ["", *SERVICES]
+    assert server.channel.timeouts == [5.0] * (1 + len(SERVICES))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from metering.v1 import (
 from service.auth import new_api_key
 from service.backfill import Backfill
 from service.database import Database
-from service.domain.events import TimeLimits
+from service.domain.events import NESTING_MAX, TimeLimits
 from service.errors import Reason
 from service.rpc.status import VIOLATIONS_MAX
 from service.store import customers as customer_store
@@ -698,6 +698,7 @@ def _bad_events() -> list[BadEvent]:
         BadEvent(event("urg:"), "TRANSACTION_ID_RESERVED", "transaction_id"),
         BadEvent(event("urg:g:0"), "TRANSACTION_ID_RESERVED", "transaction_id"),
         BadEvent(without("timestamp"), required, "timestamp"),
+        BadEvent(having(nested(NESTING_MAX + 1)), "LIMIT_EXCEEDED", "properties"),
     ]
     # Outside years 1..9999, at their edges, and what is no timestamp at all.
     for seconds, nanos in (
@@ -780,7 +781,7 @@ async def test_odd_but_sound_events_are_accepted(client: Client, database: Datab
         at(-62135510400),
         at(-1, 999_999_999),
         at(0),
-        having(nested(45)),
+        having(nested(NESTING_MAX)),
     ]
     answer = await client.ingest(*batch, *edges)
     assert list(answer.verdicts) == [event_pb2.VERDICT_ACCEPTED] * len(answer.verdicts)
@@ -803,11 +804,12 @@ async def test_deep_nesting_is_refused(client: Client) -> None:
         fault = await fault_of(send(_deep_request(depth)))
         assert fault.brief == (IA, "MALFORMED_REQUEST", "request")
         assert list((await client.ingest(event())).verdicts) == [event_pb2.VERDICT_ACCEPTED]
-    # The writer of these bytes is right: at a depth that protobuf reads the server takes them.
-    answer = event_pb2.IngestEventsResponse.FromString(await send(_deep_request(40)))
-    assert {issue.field for issue in answer.issues} == {
-        f"events[0].{name}" for name in ("transaction_id", "customer_id", "event_type", "timestamp")
-    }
+    # The writer of these bytes is right: at a depth that protobuf reads the server looks into them.
+    for depth, more in ((NESTING_MAX, set()), (NESTING_MAX + 1, {"events[0].properties"})):
+        answer = event_pb2.IngestEventsResponse.FromString(await send(_deep_request(depth)))
+        assert {issue.field for issue in answer.issues} == more | {
+            f"events[0].{name}" for name in ("transaction_id", "customer_id", "event_type", "timestamp")
+        }
 
 
 def _deep_request(depth: int) -> bytes:

@@ -13,6 +13,9 @@ SERVICES = (
     "metering.v1.BillableMetricService",
     "metering.v1.CustomerService",
     "metering.v1.UsageService",
+    "metering.v1.EntitlementService",
+    "metering.v1.UsageRecordGroupService",
+    "metering.v1.UsageRecordReportService",
 )
 
 
@@ -22,7 +25,7 @@ SERVICES = (
     "services",
     multiple=True,
     metavar="NAME",
-    help="A service to ask for, instead of the four of metering.v1. Can be given several times.",
+    help="A service to ask for, instead of those of metering.v1. Can be given several times.",
 )
 @client.target_options(timeout_s=5)
 def health(services: tuple[str, ...], target: client.Target) -> None:

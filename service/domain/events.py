@@ -16,6 +16,9 @@ EVENTS_MAX = 10_000
 IDS_MAX = 1_000
 PROPERTIES_MAX = 64
 PROPERTIES_BYTES_MAX = 16 * 1024
+# Objects and lists in each other. What can be sent must be shown again inside of more messages, and protobuf's readers
+# take no more than a hundred, of which an object takes three.
+NESTING_MAX = 25
 # An event is told this many of its faults.
 VIOLATIONS_MAX = 5
 # Ids that the service itself gives to events it makes out of usage record groups.

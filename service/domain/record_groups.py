@@ -83,10 +83,10 @@ STATUS_ORDER = (
 
 
 class BillableRecord(NamedTuple):
-    """What was used of one metric (v2). `properties` is canonical JSON; `quantity` None = a fault of it is known."""
+    """What was used of one metric (v2). `properties` is canonical JSON. None = a fault of it is known."""
 
     key: str
-    properties: str
+    properties: str | None
     quantity: Decimal | None
 
 
@@ -126,7 +126,7 @@ class NewGroup:
                 "entitlement_id": self.entitlement_id,
                 "records": {key: _plain(quantity) for key, quantity in self.records.items()},
                 "billable_records": sorted(
-                    (one.key, one.properties, _plain(one.quantity) or "") for one in self.billable_records
+                    (one.key, one.properties or "", _plain(one.quantity) or "") for one in self.billable_records
                 ),
                 "timestamp": self.timestamp and self.timestamp.isoformat(),
                 "source": self.source.value,
@@ -310,9 +310,12 @@ def _keys(
 ) -> list[Violation]:
     """Check what records count for. With the rules `skipped` keys are taken as they are, but no two for the same."""
     faults = []
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, frozenset[Any]], int] = {}
     for i, record in enumerate(group.billable_records):
-        if record.key and (first := seen.setdefault((record.key, record.properties), i)) != i:
+        if not record.key or record.properties is None:
+            continue
+        properties = frozenset(item for item in canonical_texts(record.properties).items() if item[1] is not None)
+        if (first := seen.setdefault((record.key, properties), i)) != i:
             message = f"has the key and properties of billable_records[{first}]; add them up"
             faults.append(Violation(f"billable_records[{i}]", Reason.DUPLICATE_ITEM, message))
     if entitlement is None:
@@ -370,6 +373,8 @@ def _billable(
     if metric.archived_at is not None and (at is None or at >= metric.archived_at):
         message = f"is the key of a billable metric that was archived at {_shown(metric.archived_at)}"
         return [Violation(f"{path}.key", Reason.BILLABLE_METRIC_KEY_INVALID, message)]
+    if record.properties is None:
+        return []
     return [
         Violation(f"{path}.properties.{name}", Reason.PROPERTIES_MISMATCH, message)
         for name, message in _mismatches(metric, canonical_texts(record.properties))
@@ -385,7 +390,7 @@ def _mismatches(metric: BillableMetric, properties: Mapping[str, str | None]) ->
             yield name, f"must be one of {_listed(one.in_values)}"
         elif one.exists and value is None:
             yield name, "must be present"
-        elif value is not None and value in one.not_in_values:
+        elif _asked_for(one) and value is not None and value in one.not_in_values:
             yield name, f"must not be one of {_listed(one.not_in_values)}"
     for name, value in properties.items():
         if value is not None and (name not in filters or not _asked_for(filters[name])):
@@ -468,6 +473,8 @@ def _allocations(group: NewGroup, entitlement: Entitlement | None, rules: Partne
         if (other := seen.setdefault(key, name)) != name:
             message = f"is for the dimension {key!r}, as {other!r} is; give one of them"
             faults.append(Violation(here, Reason.ALLOCATION_INVALID, message))
+        if key not in recorded and entitlement is None:
+            continue  # what the names mean nobody knows
         if key not in recorded:
             faults.append(Violation(here, Reason.ALLOCATION_INVALID, "is of no record of the group"))
             continue

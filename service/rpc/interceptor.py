@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import re
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import grpc
@@ -85,8 +86,19 @@ class RequestBytes:
 class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of every service; there is no way to a servicer around it."""
 
-    def __init__(self, auth: Auth, unary_bytes: RequestBytes, streams: Streams, stream_bytes: RequestBytes) -> None:
-        """Refuse calls that there is no room for. Streams have room of their own: they hold it for long."""
+    def __init__(
+        self,
+        auth: Auth,
+        unary_bytes: RequestBytes,
+        streams: Streams,
+        stream_bytes: RequestBytes,
+        decoders: Mapping[str, Callable[[bytes], Any]] = MappingProxyType({}),
+    ) -> None:
+        """Refuse calls that there is no room for. Streams have room of their own: they hold it for long.
+
+        `decoders` take the place of gRPC's for the methods they name.
+        """
+        self._decoders = decoders
         self._auth = auth
         self._unary_bytes = unary_bytes
         self._streams = streams
@@ -104,7 +116,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return handler
         # Requests are decoded by us, once we know who calls and that there is room. gRPC would do it first, and answer
         # bytes that do not decode with UNKNOWN and the name of a Python class.
-        decode, encode = handler.request_deserializer, handler.response_serializer
+        decode = self._decoders.get(method, handler.request_deserializer)
+        encode = handler.response_serializer
         if handler.request_streaming and handler.response_streaming:
             both = self._both_stream(method, handler.stream_stream, decode)
             return grpc.stream_stream_rpc_method_handler(both, request_deserializer=None, response_serializer=encode)

@@ -29,10 +29,12 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def BatchValidateUsageRecordGroups(
-        self, request: pb.BatchValidateUsageRecordGroupsRequest, context: Context
+        self,
+        request: wire.Sent,  # type: ignore[override]  # see wire.DECODERS
+        context: Context,
     ) -> pb.BatchValidateUsageRecordGroupsResponse:
         """See usage_record_group.proto."""
-        items, org, admin = await wire.new_groups(request.groups, ids_required=False), organization(), is_admin()
+        items, org, admin = await wire.new_groups(request, ids_required=False), organization(), is_admin()
         found = await self._database.read(
             lambda c: intake.validate_groups(c, org, items, self._rules, admin=admin),
             timeout_s=context.time_remaining(),
@@ -41,10 +43,12 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
         return pb.BatchValidateUsageRecordGroupsResponse(results=results)
 
     async def ReportUsageRecordGroups(
-        self, request: pb.ReportUsageRecordGroupsRequest, context: Context
+        self,
+        request: wire.Sent,  # type: ignore[override]  # see wire.DECODERS
+        context: Context,
     ) -> pb.ReportUsageRecordGroupsResponse:
         """See usage_record_group.proto."""
-        items, org, admin = await wire.new_groups(request.groups, ids_required=True), organization(), is_admin()
+        items, org, admin = await wire.new_groups(request, ids_required=True), organization(), is_admin()
         # One organization's batches take turns, as they would in the database, and leave the other places to others.
         async with self._turns.setdefault(org, asyncio.Lock()):
             found = await self._database.write(

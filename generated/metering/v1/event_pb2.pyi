@@ -150,9 +150,9 @@ class UsageEvent(_message.Message):
     @_builtins.property
     def properties(self) -> _struct_pb2.Struct:
         """Free-form facts that metrics filter, group and aggregate by. At most 64 entries; names of 1..128 characters;
-        strings of at most 1,024 bytes; at most 16 KiB in all as JSON. No NUL characters. A JSON number is taken as the
-        shortest decimal that reads back as the same double; an integer beyond ±(2^53-1) is refused
-        (NUMBER_NOT_EXACT): send it as a string. JSON null counts as absent.
+        strings of at most 1,024 bytes; at most 16 KiB in all as JSON, objects and lists at most 25 levels deep. No NUL
+        characters. A JSON number is taken as the shortest decimal that reads back as the same double; an integer beyond
+        ±(2^53-1) is refused (NUMBER_NOT_EXACT): send it as a string. JSON null counts as absent.
         """
 
     def __init__(

@@ -168,7 +168,7 @@ class BillableRecord(_message.Message):
     @_builtins.property
     def properties(self) -> _struct_pb2.Struct:
         """The metric's filters: one entry for every filter with `in_values` (one of them) or `exists`, and no other. Any JSON
-        value; compared by canonical string. None may be called `quantity`.
+        value, within the limits of an event's; compared by canonical string. None may be called `quantity`.
         """
 
     def __init__(

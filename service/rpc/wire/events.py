@@ -90,12 +90,21 @@ class _StopWalkError(Exception):
 class _Walk:
     """The walk through one event's properties: their faults, and how much there was so far."""
 
-    __slots__ = ("faults", "path", "size")
+    __slots__ = ("depth", "faults", "path", "size")
 
     def __init__(self, faults: list[Violation], path: str) -> None:
         self.faults = faults
         self.path = path
         self.size = 0
+        self.depth = 0
+
+    def descend(self) -> None:
+        """Go into an object or list; too many in each other end the walk."""
+        self.depth += 1
+        if self.depth > events.NESTING_MAX:
+            message = f"is nested more than {events.NESTING_MAX} levels deep"
+            self.faults.append(Violation(self.path, Reason.LIMIT_EXCEEDED, message))
+            raise _StopWalkError
 
     def fault(self, path: str, reason: Reason, message: str) -> None:
         """Note a fault; enough of them end the walk."""
@@ -146,15 +155,20 @@ def _json(value: Value, path: str, walk: _Walk) -> str:
             walk.took(5)
             return "true" if value.bool_value else "false"
         case "struct_value":
+            walk.descend()
             # Charged before the names are looked at: a great many are refused without having been sorted.
             walk.took(2 + 4 * len(value.struct_value.fields))
             for name in value.struct_value.fields:
                 if fault := checks.text(path, name):
                     walk.fault(path, fault.reason, f"has a key that {fault.message}")
-            return _json_object(value.struct_value.fields, path, walk)
+            text = _json_object(value.struct_value.fields, path, walk)
+            walk.depth -= 1
+            return text
         case "list_value":
+            walk.descend()
             walk.took(2 + len(value.list_value.values))
             items = [_json(one, f"{path}[{i}]", walk) for i, one in enumerate(value.list_value.values)]
+            walk.depth -= 1
             return "[" + ",".join(items) + "]"
         case _:
             walk.took(4)

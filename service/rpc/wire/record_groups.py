@@ -1,17 +1,22 @@
 """Usage record groups on the wire."""
 
+import contextlib
+import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError, Message
 
 from metering.v1 import error_reason_pb2, usage_record_group_pb2
 from service.domain import checks, quantities, record_groups
 from service.domain.entitlements import ID_MAX
-from service.domain.events import Verdict, instant
+from service.domain.events import NESTING_MAX, Verdict, instant
 from service.domain.metrics import QUANTITY
 from service.errors import InvalidArgument, Reason, Violation
 from service.rpc.wire import enum_value, in_slices, raise_any, read_dates, timestamp
@@ -68,8 +73,71 @@ _META_FIELDS = (*_SCALARS, "billable_records", "origin_records", "usage_allocati
 _AMOUNT = re.compile(r"-?[0-9]{1,38}(\.[0-9]{1,18})?", re.ASCII)
 
 
-async def new_groups(sent: Sequence[usage_record_group_pb2.NewUsageRecordGroup], *, ids_required: bool) -> list[Item]:
+class Sent(NamedTuple):
+    """The groups of a request. Of one that cannot be decoded only its ids are there, and here is where it is broken."""
+
+    groups: Sequence[usage_record_group_pb2.NewUsageRecordGroup]
+    unreadable: Mapping[int, str]
+
+
+def _one_by_one(request: type[Message], raw: bytes) -> Sent:
+    """Decode a request; where that fails, group by group, so that one that is too deeply nested sinks no other.
+
+    Raises DecodeError when it is not even a list of groups.
+    """
+    with contextlib.suppress(DecodeError):
+        return Sent(request.FromString(raw).groups, {})  # type: ignore[attr-defined]  # both requests have them
+    groups, unreadable = [], {}
+    for i, one in enumerate(_LISTED.FromString(raw).items):
+        try:
+            group = usage_record_group_pb2.NewUsageRecordGroup.FromString(one)
+        except DecodeError:
+            parts = _PARTS.FromString(one)
+            group = usage_record_group_pb2.NewUsageRecordGroup(id=parts.id, entitlement_id=parts.entitlement_id)
+            unreadable[i] = next(
+                (f"billable_records[{j}]" for j, part in enumerate(parts.items) if not _is_record(part)), "meta_info"
+            )
+        groups.append(group)
+    return Sent(groups, unreadable)
+
+
+def _is_record(raw: bytes) -> bool:
+    try:
+        usage_record_group_pb2.BillableRecord.FromString(raw)
+    except DecodeError:
+        return False
+    return True
+
+
+def _shallow(name: str, **fields: tuple[int, int]) -> Any:
+    """Make a message type that has some of another one's fields: its own messages as bytes, not looked into."""
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name=f"{name}.proto", syntax="proto3")
+    message = file.message_type.add(name=name)
+    for field, (number, kind) in fields.items():
+        label = kinds.LABEL_REPEATED if kind == kinds.TYPE_BYTES else kinds.LABEL_OPTIONAL
+        message.field.add(name=field, number=number, type=kind, label=label)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
+
+
+_TEXT, _BYTES = descriptor_pb2.FieldDescriptorProto.TYPE_STRING, descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
+_LISTED = _shallow("Listed", items=(1, _BYTES))
+_PARTS = _shallow("Parts", id=(1, _TEXT), entitlement_id=(2, _TEXT), items=(4, _BYTES))
+
+# How the requests of methods are decoded, where not as gRPC does.
+DECODERS: Mapping[str, Callable[[bytes], Sent]] = {
+    f"/metering.v1.UsageRecordGroupService/{name}": functools.partial(
+        _one_by_one, getattr(usage_record_group_pb2, f"{name}Request")
+    )
+    for name in ("BatchValidateUsageRecordGroups", "ReportUsageRecordGroups")
+}
+
+
+async def new_groups(request: Sent, *, ids_required: bool) -> list[Item]:
     """Read a batch; each group comes with the faults of its form. Raises InvalidArgument on a bad number of groups."""
+    sent = request.groups
     most = record_groups.GROUPS_MAX
     if not sent:
         raise InvalidArgument([Violation("groups", Reason.FIELD_REQUIRED, f"needs 1..{most:,} groups")])
@@ -82,15 +150,23 @@ async def new_groups(sent: Sequence[usage_record_group_pb2.NewUsageRecordGroup],
     if records > (most := record_groups.BATCH_RECORDS_MAX):
         message = f"have {records:,} records together; at most {most:,} are allowed: split the batch"
         raise InvalidArgument([Violation("groups", Reason.LIMIT_EXCEEDED, message)])
-    return await in_slices(lambda one: _new_group(one, ids_required=ids_required), sent)
+    return await in_slices(
+        lambda one: _new_group(one[1], request.unreadable.get(one[0]), ids_required=ids_required), enumerate(sent)
+    )
 
 
-def _new_group(message: usage_record_group_pb2.NewUsageRecordGroup, *, ids_required: bool) -> Item:
+def _new_group(
+    message: usage_record_group_pb2.NewUsageRecordGroup, unreadable: str | None, *, ids_required: bool
+) -> Item:
     faults: list[Violation] = []
     meta = message.meta_info
     group_id = _identifier("id", message.id, faults, required=ids_required)
     entitlement_id = _identifier("entitlement_id", message.entitlement_id, faults)
-    if fault := _too_large(message):
+    fault = _too_large(message)
+    if unreadable:
+        text = f"cannot be read: it is no message of its type, or nested more than {NESTING_MAX} levels deep"
+        fault = Violation(unreadable, Reason.MALFORMED_REQUEST, text)
+    if fault:
         return record_groups.NewGroup(group_id, entitlement_id, readable=False), (*faults, fault)
     records = _records(message.records, faults)
     billable = _billable_records("billable_records", message.billable_records, faults)
@@ -179,12 +255,15 @@ def _billable_records(
         here = f"{path}[{i}]"
         fault = checks.identifier(f"{here}.key", one.key)
         own: list[Violation] = [fault] if fault else []
-        properties = properties_json(one.properties, own, f"{here}.properties")
+        of_properties: list[Violation] = []
+        properties = properties_json(one.properties, of_properties, f"{here}.properties")
         if QUANTITY in one.properties.fields:
             text = "is the name under which the quantity is stored; call the property something else"
-            own.append(Violation(f"{here}.properties.{QUANTITY}", Reason.FIELD_INVALID, text))
+            of_properties.append(Violation(f"{here}.properties.{QUANTITY}", Reason.FIELD_INVALID, text))
+        own += of_properties
         quantity = _quantity(f"{here}.quantity", one.quantity, own)
-        found.append(record_groups.BillableRecord("" if fault else one.key, properties, quantity))
+        record = record_groups.BillableRecord("" if fault else one.key, None if of_properties else properties, quantity)
+        found.append(record)
         faults += own
     return tuple(found)
 
