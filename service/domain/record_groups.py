@@ -415,12 +415,13 @@ def _times(group: NewGroup, entitlement: Entitlement | None, circumstances: Circ
     at = group.timestamp or now
     if at is None:
         return []
-    if now is not None and at - now > SKEW:
-        message = f"is more than {SKEW.seconds // 60} minutes ahead of the server's clock ({_shown(now)})"
-        return [Violation("timestamp", Reason.TIMESTAMP_TOO_FAR_AHEAD, message)]
-    if entitlement is None:
-        return []
     faults = []
+    ahead = now is not None and at - now > SKEW
+    if now is not None and ahead:
+        message = f"is more than {SKEW.seconds // 60} minutes ahead of the server's clock ({_shown(now)})"
+        faults.append(Violation("timestamp", Reason.TIMESTAMP_TOO_FAR_AHEAD, message))
+    if entitlement is None:
+        return faults
     start, end = entitlement.starting_on, entitlement.ending_before
     if at < start or (end is not None and at >= end):
         term = f"from {_shown(start)}" + (f" to before {_shown(end)}" if end else " on")
@@ -429,7 +430,7 @@ def _times(group: NewGroup, entitlement: Entitlement | None, circumstances: Circ
     if (status := entitlement.status_at(at)) not in IN_FORCE:
         message = f"was {status.value} at {_shown(at)}; it must be {' or '.join(sorted(one.value for one in IN_FORCE))}"
         faults.append(Violation("entitlement_id", Reason.ENTITLEMENT_NOT_ACTIVE, message))
-    if now is not None and entitlement.partner is not None:
+    if now is not None and not ahead and entitlement.partner is not None:
         deadline = circumstances.rules[entitlement.partner].deadline(at)
         if now >= deadline:
             message = f"is too old: {entitlement.partner.value} took usage of this time until {_shown(deadline)}"

@@ -141,6 +141,14 @@ async def get_entitlement(connection: AsyncConnection, organization: str, entitl
     return replace(found, carried={row.key: row.carried for row in await connection.execute(query)})
 
 
+async def lock_entitlement(connection: AsyncConnection, organization: str, entitlement_id: str) -> None:
+    """Lock an entitlement and what it carries, until this transaction ends."""
+    columns = entitlements.c
+    query = sa.select(columns.id).where(columns.organization_id == organization, columns.id == entitlement_id)
+    # Not against what refers to it: groups are reported meanwhile.
+    await connection.execute(query.with_for_update(key_share=True))
+
+
 async def find_entitlements(
     connection: AsyncConnection, organization: str, ids: Collection[str]
 ) -> dict[str, Entitlement]:

@@ -1,7 +1,7 @@
 """Every statement about stored usage record groups: reading and listing them, and every change of their state."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from service.domain.record_groups import (
 )
 from service.domain.usage import PAGE_BYTES_MAX
 from service.errors import FailedPrecondition, NotFound, Reason, Violation
+from service.store import entitlements as entitlement_store
 from service.store import events as event_store
 from service.store import metrics as metric_store
 from service.store import organizations
@@ -28,6 +29,8 @@ from service.store.tables import INSTANT, customers, texts, usage_record_groups,
 
 # About what a group and each of its records take on the wire beside their texts.
 _GROUP_BYTES, _RECORD_BYTES = 300, 120
+# How many of the newest groups are looked through for those whose meta_info contains something.
+_LOOKED_THROUGH = 5_000
 
 Key = tuple[datetime, int]
 """Time of creation and serial id: what groups are listed by, the newest first."""
@@ -86,19 +89,11 @@ async def list_groups(
     connection: AsyncConnection, organization: str, query: GroupQuery, after: Key | None, skip: int, limit: int
 ) -> Found:
     """Return up to `limit` groups after the one given and `skip` more, or as many as make about one page of bytes."""
-    columns = usage_record_groups.c
-    where = [columns.organization_id == organization, *_filters(organization, query)]
-    if after is not None:
-        last = sa.tuple_(sa.literal(after[0], INSTANT), sa.literal(after[1], sa.BigInteger))
-        where += [columns.created_at <= after[0], sa.tuple_(columns.created_at, columns.serial_id) < last]
-    keys = (
-        sa.select(columns.id, columns.created_at, columns.serial_id)
-        .where(*where)
-        .order_by(columns.created_at.desc(), columns.serial_id.desc())
-        .offset(skip or None)
-        .limit(limit + 1)
-    )
-    rows = (await connection.execute(keys)).all()
+    await plan_for_values(connection)
+    for keys in _keys(organization, query, after):
+        rows = (await connection.execute(keys.offset(skip or None).limit(limit + 1))).all()
+        if len(rows) > limit:
+            break
     sizes = await _sizes(connection, organization, [row.id for row in rows])
     wanted: list[Any] = []
     size = 0
@@ -115,6 +110,8 @@ async def list_groups(
 async def delete_group(connection: AsyncConnection, organization: str, group_id: str) -> StoredGroup:
     """Delete a group that is not reported, and take its records out of usage; raises NotFound, FailedPrecondition."""
     await organizations.lock_shared(connection, organization)
+    entitlement_id = (await get_group(connection, organization, group_id)).entitlement_id
+    await entitlement_store.lock_entitlement(connection, organization, entitlement_id)
     group = await _locked(connection, organization, group_id)
     if group.status is GroupStatus.DELETED:
         return group
@@ -124,6 +121,11 @@ async def delete_group(connection: AsyncConnection, organization: str, group_id:
         raise _illegal(
             group, f"only a CREATED or INVALID group of which nothing is in a report can be deleted: {known}"
         )
+    # What failed may have left a rest before it did, which a later report told.
+    carried = (await entitlement_store.get_entitlement(connection, organization, entitlement_id)).carried
+    if owed := [one.key for one in group.records if one.report_id and carried.get(one.key, 0) < 0]:
+        known = f"more of {', '.join(map(repr, owed))} was told than is left without it; that evens out as more is used"
+        raise _illegal(group, f"it cannot be deleted now: {known}")
     metrics = await metric_store.record_metrics(connection, organization, {record.key for record in group.records})
     ids = [transaction_id(group_id, position) for position in range(len(group.records))]
     await event_store.void_events(connection, organization, ids, list(metrics.values()))
@@ -258,7 +260,41 @@ async def _set_states(
     await connection.execute(sa.update(usage_records).where(*where).values(state=state.value, failure=None))
 
 
+async def plan_for_values(connection: AsyncConnection) -> None:
+    """Let the rest of this transaction be planned for the values it has: which index is right depends on them."""
+    await connection.execute(sa.func.set_config("plan_cache_mode", "force_custom_plan", True).select())
+
+
+def _keys(organization: str, query: GroupQuery, after: Key | None) -> Iterator[sa.Select[Any]]:
+    """Yield ways to select what a list shows, in order: id, created_at, serial_id. The last one finds all of it."""
+    columns = usage_record_groups.c
+    where = [columns.organization_id == organization, *_filters(organization, query)]
+    if after is not None:
+        last = sa.tuple_(sa.literal(after[0], INSTANT), sa.literal(after[1], sa.BigInteger))
+        where += [columns.created_at <= after[0], sa.tuple_(columns.created_at, columns.serial_id) < last]
+    shown = (columns.id, columns.created_at, columns.serial_id)
+    if query.meta_info is None:
+        yield _newest_first(sa.select(*shown).where(*where), columns)
+        return
+    wanted = sa.cast(sa.literal(query.meta_info, sa.Text), JSONB)
+    # How many contain a value the planner can hardly tell, least of all for large ones, of which it has no statistics.
+    # So it is not asked: first the newest are looked through, which is enough where many match; then all that match.
+    newest = _newest_first(sa.select(*shown, columns.meta_info).where(*where), columns).limit(_LOOKED_THROUGH)
+    found: Any = newest.subquery("newest")
+    yield _newest_first(
+        sa.select(found.c.id, found.c.created_at, found.c.serial_id).where(found.c.meta_info.contains(wanted)), found.c
+    )
+    matching = sa.select(*shown).where(*where, columns.meta_info.contains(wanted))
+    found = matching.cte("matching").prefix_with("MATERIALIZED", dialect="postgresql")
+    yield _newest_first(sa.select(found), found.c)
+
+
+def _newest_first(select: sa.Select[Any], columns: Any) -> sa.Select[Any]:
+    return select.order_by(columns.created_at.desc(), columns.serial_id.desc())
+
+
 def _filters(organization: str, query: GroupQuery) -> list[sa.ColumnElement[bool]]:
+    """Return the conditions of a list, that on meta_info apart."""
     columns = usage_record_groups.c
     where = [columns.created_at >= query.start, columns.created_at < query.end]
     for column, value in (
@@ -275,8 +311,6 @@ def _filters(organization: str, query: GroupQuery) -> list[sa.ColumnElement[bool
             customers.c.organization_id == organization, customers.c.buyer_id == query.buyer_id
         )
         where.append(columns.customer_id == buyer.scalar_subquery())
-    if query.meta_info is not None:
-        where.append(columns.meta_info.contains(sa.cast(sa.literal(query.meta_info, sa.Text), JSONB)))
     return where
 
 

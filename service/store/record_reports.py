@@ -15,12 +15,12 @@ from service.domain.quantities import subtract
 from service.domain.record_groups import RecordState
 from service.domain.record_reports import LINES_MAX, Answer, Line, Report, ReportOutcome, ReportQuery, ReportStatus
 from service.errors import FailedPrecondition, InvalidArgument, NotFound, Reason, Violation
+from service.store import entitlements as entitlement_store
 from service.store import record_groups as group_store
 from service.store.tables import (
     INSTANT,
     customers,
     entitlement_carries,
-    entitlements,
     texts,
     usage_record_groups,
     usage_record_report_lines,
@@ -63,12 +63,16 @@ async def list_reports(
         if value is not None:
             where.append(column == value)
     if query.buyer_id is not None:
-        where.append(customers.c.buyer_id == query.buyer_id)
+        buyer = sa.select(customers.c.id).where(
+            customers.c.organization_id == organization, customers.c.buyer_id == query.buyer_id
+        )
+        where.append(columns.customer_id == buyer.scalar_subquery())
     if after is not None:
         last = sa.tuple_(sa.literal(after[0], INSTANT), sa.literal(after[1], sa.Uuid))
         where += [columns.marketplace_time <= after[0], sa.tuple_(columns.marketplace_time, columns.id) < last]
     order = (columns.marketplace_time.desc(), columns.id.desc())
-    keys = sa.select(columns.id).select_from(_OF_BUYERS).where(columns.organization_id == organization, *where)
+    await group_store.plan_for_values(connection)
+    keys = sa.select(columns.id).where(columns.organization_id == organization, *where)
     ids = list((await connection.execute(keys.order_by(*order).limit(limit + 1))).scalars())
     wanted = await _fitting(connection, organization, ids[:limit])
     reports = await _reports(connection, organization, columns.id == sa.any_(uuids(wanted)), order=order)
@@ -144,7 +148,7 @@ async def complete_report(
             return report
         message = f"Usage record report {report_id} was completed with other outcomes; nothing changed."
         raise FailedPrecondition(Reason.REPORT_COMPLETED, message, metadata={"id": str(report_id)})
-    await lock_entitlement(connection, organization, row.entitlement_id)
+    await entitlement_store.lock_entitlement(connection, organization, row.entitlement_id)
     answered = [
         told[key]._replace(outcome=answer.outcome, message=answer.message) for key, answer in sorted(answers.items())
     ]
@@ -160,14 +164,6 @@ async def complete_report(
     await connection.execute(statement.values(**ended))
     (report,) = await _reports(connection, organization, columns.id == report_id)
     return report
-
-
-async def lock_entitlement(connection: AsyncConnection, organization: str, entitlement_id: str) -> None:
-    """Lock an entitlement and what it carries, until this transaction ends."""
-    columns = entitlements.c
-    query = sa.select(columns.id).where(columns.organization_id == organization, columns.id == entitlement_id)
-    # Not against what refers to it: groups are reported meanwhile.
-    await connection.execute(query.with_for_update(key_share=True))
 
 
 async def carry(

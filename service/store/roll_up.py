@@ -18,7 +18,7 @@ from service.domain.record_reports import Line, ReportStatus, Used, lines
 from service.store import entitlements as entitlement_store
 from service.store import metrics as metric_store
 from service.store import record_groups as group_store
-from service.store.record_reports import carry, lock_entitlement
+from service.store.record_reports import carry
 from service.store.tables import (
     NUMERIC,
     entitlement_carries,
@@ -101,7 +101,7 @@ async def roll_up(
     Returns its id, None if there is nothing to report. Groups that do not validate any more are left out. Locks are
     taken in one order: the entitlement, groups by their ids, what is carried.
     """
-    await lock_entitlement(connection, organization, entitlement_id)
+    await entitlement_store.lock_entitlement(connection, organization, entitlement_id)
     if await _is_reported(connection, organization, entitlement_id, hour):
         return None
     entitlement = (await entitlement_store.find_entitlements(connection, organization, [entitlement_id]))[

@@ -341,6 +341,7 @@ usage_record_reports = sa.Table(
     # Marketplaces refuse a second quantity for one time.
     sa.UniqueConstraint("organization_id", "entitlement_id", "marketplace_time"),
     sa.Index("usage_record_reports_by_time_idx", "organization_id", "marketplace_time", "id"),
+    sa.Index("usage_record_reports_by_customer_id_idx", "organization_id", "customer_id", "marketplace_time", "id"),
     # What may be leased, the most urgent first.
     sa.Index(
         "usage_record_reports_pending_idx",

@@ -130,7 +130,9 @@ class UsageRecordGroupServiceServicer:
     def DeleteUsageRecordGroup(self, request, context):
         """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The
         id stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
-        (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report.
+        (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report; and for as long
+        as of a group that failed and was retried a rest was told by a later report (the entitlement's `carried_quantities`
+        is negative).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

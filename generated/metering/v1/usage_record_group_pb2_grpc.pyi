@@ -70,7 +70,9 @@ class UsageRecordGroupServiceStub:
     DeleteUsageRecordGroup: _grpc.UnaryUnaryMultiCallable[_usage_record_group_pb2.DeleteUsageRecordGroupRequest, _usage_record_group_pb2.DeleteUsageRecordGroupResponse]
     """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The
     id stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
-    (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report.
+    (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report; and for as long
+    as of a group that failed and was retried a rest was told by a later report (the entitlement's `carried_quantities`
+    is negative).
     """
     RetryUsageRecordGroup: _grpc.UnaryUnaryMultiCallable[_usage_record_group_pb2.RetryUsageRecordGroupRequest, _usage_record_group_pb2.RetryUsageRecordGroupResponse]
     """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED.
@@ -120,7 +122,9 @@ class UsageRecordGroupServiceAsyncStub(UsageRecordGroupServiceStub):
     DeleteUsageRecordGroup: _aio.UnaryUnaryMultiCallable[_usage_record_group_pb2.DeleteUsageRecordGroupRequest, _usage_record_group_pb2.DeleteUsageRecordGroupResponse]  # type: ignore[assignment]
     """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The
     id stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
-    (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report.
+    (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report; and for as long
+    as of a group that failed and was retried a rest was told by a later report (the entitlement's `carried_quantities`
+    is negative).
     """
     RetryUsageRecordGroup: _aio.UnaryUnaryMultiCallable[_usage_record_group_pb2.RetryUsageRecordGroupRequest, _usage_record_group_pb2.RetryUsageRecordGroupResponse]  # type: ignore[assignment]
     """Makes the failed records of a REPORT_FAILED group ready for the next hourly report; the group becomes CREATED.
@@ -197,7 +201,9 @@ class UsageRecordGroupServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_usage_record_group_pb2.DeleteUsageRecordGroupResponse, _abc.Awaitable[_usage_record_group_pb2.DeleteUsageRecordGroupResponse]]:
         """Deletes a group whose records were not reported: it becomes DELETED, and its records leave the usage windows. The
         id stays taken. Idempotent. Fails with NOT_FOUND (USAGE_RECORD_GROUP_NOT_FOUND), and with FAILED_PRECONDITION
-        (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report.
+        (STATUS_TRANSITION) unless the group is CREATED or INVALID and none of its records is in a report; and for as long
+        as of a group that failed and was retried a rest was told by a later report (the entitlement's `carried_quantities`
+        is negative).
         """
 
     @_abc_1.abstractmethod

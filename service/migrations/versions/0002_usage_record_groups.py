@@ -182,6 +182,12 @@ def upgrade() -> None:
         ),
     )
     op.create_index(
+        "usage_record_reports_by_customer_id_idx",
+        "usage_record_reports",
+        ["organization_id", "customer_id", "marketplace_time", "id"],
+        unique=False,
+    )
+    op.create_index(
         "usage_record_reports_by_lease_idx", "usage_record_reports", ["organization_id", "lease_token"], unique=False
     )
     op.create_index(
