@@ -182,6 +182,13 @@ async def set_ingest_aliases(
     return await get_customer(connection, organization, customer_id)
 
 
+def with_buyer_id(organization: str, buyer_id: str) -> sa.ScalarSelect[uuid.UUID]:
+    """Select the id of the customer that has a buyer id, NULL if none has."""
+    columns = customers.c
+    found = sa.select(columns.id).where(columns.organization_id == organization, columns.buyer_id == buyer_id)
+    return found.scalar_subquery()
+
+
 def not_found(ids: Sequence[uuid.UUID]) -> NotFound:
     """Build the error for customers that do not exist."""
     named = ", ".join(map(str, ids[:20]))

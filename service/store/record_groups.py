@@ -25,6 +25,7 @@ from service.store import entitlements as entitlement_store
 from service.store import events as event_store
 from service.store import metrics as metric_store
 from service.store import organizations
+from service.store.customers import with_buyer_id
 from service.store.tables import INSTANT, customers, texts, usage_record_groups, usage_records
 
 # About what a group and each of its records take on the wire beside their texts.
@@ -301,16 +302,12 @@ def _filters(organization: str, query: GroupQuery) -> list[sa.ColumnElement[bool
         (columns.partner, query.partner and query.partner.value),
         (columns.product_id, query.product_id),
         (columns.entitlement_id, query.entitlement_id),
+        (columns.customer_id, query.buyer_id and with_buyer_id(organization, query.buyer_id)),
         (columns.status, query.status and query.status.value),
         (columns.source, query.source and query.source.value),
     ):
         if value is not None:
             where.append(column == value)
-    if query.buyer_id is not None:
-        buyer = sa.select(customers.c.id).where(
-            customers.c.organization_id == organization, customers.c.buyer_id == query.buyer_id
-        )
-        where.append(columns.customer_id == buyer.scalar_subquery())
     return where
 
 

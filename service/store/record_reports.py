@@ -17,6 +17,7 @@ from service.domain.record_reports import LINES_MAX, Answer, Line, Report, Repor
 from service.errors import FailedPrecondition, InvalidArgument, NotFound, Reason, Violation
 from service.store import entitlements as entitlement_store
 from service.store import record_groups as group_store
+from service.store.customers import with_buyer_id
 from service.store.tables import (
     INSTANT,
     customers,
@@ -58,15 +59,11 @@ async def list_reports(
     for column, value in (
         (columns.partner, query.partner and query.partner.value),
         (columns.entitlement_id, query.entitlement_id),
+        (columns.customer_id, query.buyer_id and with_buyer_id(organization, query.buyer_id)),
         (columns.status, query.status and query.status.value),
     ):
         if value is not None:
             where.append(column == value)
-    if query.buyer_id is not None:
-        buyer = sa.select(customers.c.id).where(
-            customers.c.organization_id == organization, customers.c.buyer_id == query.buyer_id
-        )
-        where.append(columns.customer_id == buyer.scalar_subquery())
     if after is not None:
         last = sa.tuple_(sa.literal(after[0], INSTANT), sa.literal(after[1], sa.Uuid))
         where += [columns.marketplace_time <= after[0], sa.tuple_(columns.marketplace_time, columns.id) < last]
