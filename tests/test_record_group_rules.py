@@ -1330,6 +1330,8 @@ async def test_what_is_nested_too_deep_is_a_fault_of_its_group(client: Client, d
             found = answer.FromString(await send(_deep_request(depth) + good)).results
             assert faults_of(found[1]) == FAULTLESS
             assert faults_of(found[0])[-1] == ("MALFORMED_REQUEST", "billable_records[0]"), depth
+        fault = await fault_of(send(_deep_request(100) + good * 1_000))
+        assert fault.brief == ("INVALID_ARGUMENT", "LIMIT_EXCEEDED", "groups")
     assert (await stored_counts(database))["usage_record_groups"] == 1
 
 

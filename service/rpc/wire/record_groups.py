@@ -88,7 +88,8 @@ def _one_by_one(request: type[Message], raw: bytes) -> Sent:
     with contextlib.suppress(DecodeError):
         return Sent(request.FromString(raw).groups, {})  # type: ignore[attr-defined]  # both requests have them
     groups, unreadable = [], {}
-    for i, one in enumerate(_LISTED.FromString(raw).items):
+    # One more than is allowed tells that there are too many.
+    for i, one in enumerate(_LISTED.FromString(raw).items[: record_groups.GROUPS_MAX + 1]):
         try:
             group = usage_record_group_pb2.NewUsageRecordGroup.FromString(one)
         except DecodeError:
