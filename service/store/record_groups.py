@@ -147,6 +147,22 @@ async def retry_group(connection: AsyncConnection, organization: str, group_id: 
     return await get_group(connection, organization, group_id)
 
 
+async def lock_groups(
+    connection: AsyncConnection, organization: str, ids: Sequence[str], status: GroupStatus | None = None
+) -> list[str]:
+    """Lock the groups that have these ids, in their order, and are in a state if one is given; returns their ids.
+
+    A statement of its own, by ids that are known: where it has no statistics yet, the planner would join whatever
+    finds them to every group in turn.
+    """
+    columns = usage_record_groups.c
+    where = [columns.organization_id == organization, columns.id == sa.any_(texts(ids))]
+    if status is not None:
+        where.append(columns.status == status.value)
+    query = sa.select(columns.id).where(*where).order_by(columns.id).with_for_update(key_share=True)
+    return list((await connection.execute(query)).scalars())
+
+
 async def invalidate_groups(
     connection: AsyncConnection, organization: str, faults: Mapping[str, Sequence[Violation]]
 ) -> None:

@@ -23,7 +23,6 @@ from service.store.tables import (
     customers,
     entitlement_carries,
     texts,
-    usage_record_groups,
     usage_record_report_lines,
     usage_record_reports,
     usage_records,
@@ -199,19 +198,14 @@ async def _answer(
         .where(line.organization_id == organization, line.report_id == report_id, line.key == said.c.key)
         .values(outcome=said.c.outcome, message=said.c.message)
     )
-    columns, own = usage_records.c, usage_record_groups.c
+    columns = usage_records.c
     pending = (
         columns.organization_id == organization,
         columns.report_id == report_id,
         columns.state == RecordState.REPORT_PENDING.value,
     )
-    groups = (
-        sa.select(own.id)
-        .where(own.organization_id == organization, own.id.in_(sa.select(columns.group_id).where(*pending)))
-        .order_by(own.id)
-        .with_for_update(key_share=True)
-    )
-    ids = list((await connection.execute(groups)).scalars())
+    found = await connection.execute(sa.select(columns.group_id).where(*pending).distinct())
+    ids = await group_store.lock_groups(connection, organization, list(found.scalars()))
     failed = said.c.outcome == ReportOutcome.FAILED.value
     await connection.execute(
         sa.update(usage_records)

@@ -173,22 +173,19 @@ async def _lock_waiting(
     connection: AsyncConnection, organization: str, entitlement_id: str, end: datetime
 ) -> list[str]:
     """Lock, in the order of their ids, the groups with records used before `end` that wait; returns their ids."""
-    columns = usage_record_groups.c
-    waiting = sa.select(usage_records.c.group_id).where(
-        usage_records.c.organization_id == organization,
-        usage_records.c.entitlement_id == entitlement_id,
-        usage_records.c.state == sa.literal_column("'CREATED'"),
-        usage_records.c.timestamp < end,
+    waiting = (
+        sa.select(usage_records.c.group_id)
+        .where(
+            usage_records.c.organization_id == organization,
+            usage_records.c.entitlement_id == entitlement_id,
+            usage_records.c.state == sa.literal_column("'CREATED'"),
+            usage_records.c.timestamp < end,
+        )
+        .distinct()
     )
-    query = (
-        sa.select(columns.id)
-        .where(columns.organization_id == organization, columns.id.in_(waiting))
-        # Looked at again once the lock is granted: one that was deleted meanwhile does not wait any more.
-        .where(columns.status == GroupStatus.CREATED.value)
-        .order_by(columns.id)
-        .with_for_update(key_share=True)
-    )
-    return list((await connection.execute(query)).scalars())
+    ids = list((await connection.execute(waiting)).scalars())
+    # One that was deleted meanwhile does not wait any more.
+    return await group_store.lock_groups(connection, organization, ids, GroupStatus.CREATED)
 
 
 async def _still_valid(
