@@ -182,6 +182,15 @@ async def set_ingest_aliases(
     return await get_customer(connection, organization, customer_id)
 
 
+def buyer_id_of(table: sa.Table) -> sa.Label[str]:
+    """Select the buyer id of the customer that a row names; not a join, which the planner might begin with."""
+    columns = customers.c
+    found = sa.select(columns.buyer_id).where(
+        columns.organization_id == table.c.organization_id, columns.id == table.c.customer_id
+    )
+    return found.scalar_subquery().label("buyer_id")
+
+
 def with_buyer_id(organization: str, buyer_id: str) -> sa.ScalarSelect[uuid.UUID]:
     """Select the id of the customer that has a buyer id, NULL if none has."""
     columns = customers.c

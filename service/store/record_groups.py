@@ -25,8 +25,8 @@ from service.store import entitlements as entitlement_store
 from service.store import events as event_store
 from service.store import metrics as metric_store
 from service.store import organizations
-from service.store.customers import with_buyer_id
-from service.store.tables import INSTANT, customers, texts, usage_record_groups, usage_records
+from service.store.customers import buyer_id_of, with_buyer_id
+from service.store.tables import INSTANT, texts, usage_record_groups, usage_records
 
 # About what a group and each of its records take on the wire beside their texts.
 _GROUP_BYTES, _RECORD_BYTES = 300, 120
@@ -344,13 +344,7 @@ def _reason(violation: Violation) -> dict[str, str]:
     return {"field": violation.field, "reason": violation.reason.value, "message": violation.message}
 
 
-_GROUPS = sa.select(usage_record_groups, customers.c.buyer_id).join(
-    customers,
-    sa.and_(
-        customers.c.organization_id == usage_record_groups.c.organization_id,
-        customers.c.id == usage_record_groups.c.customer_id,
-    ),
-)
+_GROUPS = sa.select(usage_record_groups, buyer_id_of(usage_record_groups))
 
 
 def _group(row: Any, records: Sequence[StoredRecord]) -> StoredGroup:

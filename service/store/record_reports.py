@@ -17,10 +17,9 @@ from service.domain.record_reports import LINES_MAX, Answer, Line, Report, Repor
 from service.errors import FailedPrecondition, InvalidArgument, NotFound, Reason, Violation
 from service.store import entitlements as entitlement_store
 from service.store import record_groups as group_store
-from service.store.customers import with_buyer_id
+from service.store.customers import buyer_id_of, with_buyer_id
 from service.store.tables import (
     INSTANT,
-    customers,
     entitlement_carries,
     texts,
     usage_record_report_lines,
@@ -30,13 +29,6 @@ from service.store.tables import (
 )
 
 _LEASE_LOCK_SEED = 7_301_213
-_OF_BUYERS = usage_record_reports.join(
-    customers,
-    sa.and_(
-        customers.c.organization_id == usage_record_reports.c.organization_id,
-        customers.c.id == usage_record_reports.c.customer_id,
-    ),
-)
 
 Key = tuple[datetime, uuid.UUID]
 """Marketplace time and id: what reports are listed by, the latest first."""
@@ -254,8 +246,7 @@ async def _reports(
     order: Sequence[sa.ColumnElement[Any]] = (),
 ) -> list[Report]:
     query = (
-        sa.select(usage_record_reports, customers.c.buyer_id)
-        .select_from(_OF_BUYERS)
+        sa.select(usage_record_reports, buyer_id_of(usage_record_reports))
         .where(usage_record_reports.c.organization_id == organization, *where)
         .order_by(*order)
     )
