@@ -1738,3 +1738,33 @@ async def test_lists_of_reports_have_indexes(million: Shelf, filters: dict[str, 
             _, statements = await sent_by(connection, work)
             nodes = [node for one in statements for node in await explain(connection, one)]
             assert not scanned(nodes), nodes
+
+
+async def test_a_new_database_looks_at_nothing_once_per_group(client: Client, database: Database) -> None:
+    """Without any statistics, reading and locking groups looks at every row twice at most, however many there are.
+
+    Would catch a first hour of a new database that is joined record by group.
+    """
+    await sell(client)
+    names = [f"g{i}" for i in range(2_000)]
+    for batch in (names[:1_000], names[1_000:]):
+        await report(client, *(group(name, records={"cpu": "1", "mem": "2"}) for name in batch))
+
+    async def get(connection: AsyncConnection) -> Any:
+        return await record_groups.get_groups(connection, "default", names[:100])
+
+    async def lock(connection: AsyncConnection) -> Any:
+        return await roll_up_store._lock_waiting(connection, "default", "ent", datetime.now(UTC) + DAY)
+
+    async def sizes(connection: AsyncConnection) -> Any:
+        return await record_groups.groups_within(connection, "default", names[:100], 10**9)
+
+    for work in (get, sizes, lock):
+        async with database.engine.connect() as connection:
+            await connection.execute(sa.text("DELETE FROM pg_statistic"))
+            found, statements = await sent_by(connection, work)
+            assert found
+            nodes = [node for one in statements for node in await explain(connection, one)]
+            read = sum(node.rows for node in nodes if node.table in {"usage_record_groups", "usage_records"})
+            assert read <= 2 * (2_000 + 4_000), (work.__name__, nodes)
+            await connection.rollback()
