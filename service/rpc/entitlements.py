@@ -7,6 +7,7 @@ from service.domain import pages
 from service.rpc.interceptor import Context, organization
 from service.rpc.pages import PageTokens, fitting, scope
 from service.rpc.wire import entitlements as wire
+from service.rpc.wire import in_slices
 from service.store import entitlements as store
 
 
@@ -40,7 +41,7 @@ class EntitlementService(entitlement_pb2_grpc.EntitlementServiceServicer):
             lambda c: store.list_products(c, org, after=state["after"] if state else None, limit=limit + 1),
             timeout_s=context.time_remaining(),
         )
-        page = fitting([wire.product(row) for row in rows], limit)
+        page = fitting(await in_slices(wire.product, rows), limit)
         response = pb.ListProductsResponse(products=page)
         if len(rows) > len(page):
             response.next_page_token = await self._tokens.encode(query_scope, {"after": page[-1].id})
@@ -82,7 +83,7 @@ class EntitlementService(entitlement_pb2_grpc.EntitlementServiceServicer):
             ),
             timeout_s=context.time_remaining(),
         )
-        page = fitting([wire.entitlement(row) for row in rows], limit)
+        page = fitting(await in_slices(wire.entitlement, rows), limit)
         response = pb.ListEntitlementsResponse(entitlements=page)
         if len(rows) > len(page):
             response.next_page_token = await self._tokens.encode(query_scope, {"after": page[-1].id})

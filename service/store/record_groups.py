@@ -19,6 +19,7 @@ from service.domain.record_groups import (
     StoredGroup,
     StoredRecord,
 )
+from service.domain.record_reports import MESSAGE_MAX
 from service.domain.usage import PAGE_BYTES_MAX
 from service.errors import FailedPrecondition, NotFound, Reason, Violation
 from service.store import entitlements as entitlement_store
@@ -175,7 +176,7 @@ async def invalidate_groups(
         sa.func.unnest(
             texts(list(faults)),
             texts([json.dumps([_reason(one) for one in found]) for found in faults.values()]),
-            texts([f"not valid any more: {found[0].field} {found[0].message}" for found in faults.values()]),
+            texts([f"not valid any more: {one.field} {one.message}"[:MESSAGE_MAX] for one, *_ in faults.values()]),
         )
         .table_valued("id", "reasons", "failure")
         .render_derived("found")
@@ -243,6 +244,7 @@ async def _sizes(connection: AsyncConnection, organization: str, ids: Sequence[s
             sa.func.sum(
                 2 * sa.func.octet_length(records.key)
                 + sa.func.coalesce(sa.func.octet_length(sa.cast(records.properties, sa.Text)), 0)
+                + sa.func.coalesce(sa.func.octet_length(records.failure), 0)
                 + _RECORD_BYTES
             )
         )
