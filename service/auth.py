@@ -33,10 +33,14 @@ class NewApiKey(NamedTuple):
 
 
 class Caller(NamedTuple):
-    """Whose call it is, and whether the caller is an administrator of the organization."""
+    """Whose call it is, and whether the caller is an administrator of the organization.
+
+    `is_anyone` means that the server is open: no credential says whose call it is.
+    """
 
     organization: str
     is_admin: bool = True
+    is_anyone: bool = False
 
 
 class _Trusted(NamedTuple):
@@ -75,7 +79,7 @@ class Auth:
         not tell which of the last three.
         """
         if time.monotonic() < self._open_until or await self.is_open():
-            return Caller(organizations.DEFAULT_ORGANIZATION)
+            return Caller(organizations.DEFAULT_ORGANIZATION, is_anyone=True)
         sent = [value for name, value in metadata if name == "authorization"]
         if not sent:
             raise Unauthenticated(

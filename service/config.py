@@ -33,6 +33,8 @@ class Config:
     time_limits: TimeLimits = field(default_factory=TimeLimits)
     # What the cloud marketplaces take.
     partner_rules: Rules = field(default_factory=lambda: DEFAULT_RULES)
+    # Whether Metronome's usage calls refuse bounds inside of windows, as metering.v1 does, instead of widening them.
+    strict_compat_windows: bool = False
     # Unary requests in flight may hold this many bytes before new ones are refused with RESOURCE_EXHAUSTED, and streams
     # as many again before their next request has to wait.
     request_bytes_max: int = 64 * 1024 * 1024

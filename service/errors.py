@@ -6,6 +6,7 @@ MeteringError
 ├── AlreadyExists        an id, key or transaction id is taken by other content
 ├── FailedPrecondition   right request, wrong state; may pass later
 ├── Unauthenticated      no or no valid credential
+├── PermissionDenied     the credential is valid, but not for this
 ├── ResourceExhausted    too much in flight; nothing was done
 ├── Unavailable          the database does not answer, or the server shuts down; of writes the outcome is unknown
 ├── Aborted              a stream was ended by the server; it can be gone on with
@@ -79,6 +80,7 @@ class Reason(enum.StrEnum):
     ALLOCATION_INVALID = enum.auto()
     SKIP_VALIDATION_FORBIDDEN = enum.auto()
     META_INFO_MISMATCH = enum.auto()
+    ORGANIZATION_MISMATCH = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,10 @@ class FailedPrecondition(MeteringError):
 
 class Unauthenticated(MeteringError):
     """No credential, or one that is not valid."""
+
+
+class PermissionDenied(MeteringError):
+    """The caller is known, and may not do this."""
 
 
 class ResourceExhausted(MeteringError):

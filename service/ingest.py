@@ -33,10 +33,15 @@ DUPLICATE = Outcome(Verdict.DUPLICATE)
 
 
 class Batch(NamedTuple):
-    """The events of one call: `items[i]` is the i-th event, or the violations that reject it."""
+    """The events of one call: `items[i]` is the i-th event, or the violations that reject it.
+
+    With `all_or_nothing` one event that cannot be stored refuses the call; unless `ignores_conflicts`, that is also one
+    whose id is taken by other content.
+    """
 
     items: Sequence[Event | tuple[Violation, ...]]
     all_or_nothing: bool = False
+    ignores_conflicts: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -123,8 +128,9 @@ class Ingest:
 
     async def _commit(self, organization: str, batches: Sequence[Batch]) -> list[list[Outcome]]:
         items = [item for batch in batches for item in batch.items]
-        all_or_nothing = batches[0].all_or_nothing
-        outcomes = await self._database.write(lambda c: self._store(c, organization, items, all_or_nothing))
+        # A batch that is all or nothing is never together with others.
+        refused = _refused(batches[0])
+        outcomes = await self._database.write(lambda c: self._store(c, organization, items, refused))
         ends = [0]
         for batch in batches:
             ends.append(ends[-1] + len(batch.items))
@@ -135,9 +141,12 @@ class Ingest:
         connection: AsyncConnection,
         organization: str,
         items: Sequence[Event | tuple[Violation, ...]],
-        all_or_nothing: bool,
+        refused: Sequence[Verdict],
     ) -> list[Outcome]:
-        """Decide every item inside one transaction. The first of equal ids in `items` speaks for the id."""
+        """Decide every item inside one transaction. The first of equal ids in `items` speaks for the id.
+
+        Any of the `refused` verdicts rolls it back.
+        """
         sorted_out = _sort_out(items, datetime.now(UTC), self._limits)
         outcomes, fresh, late = sorted_out.outcomes, sorted_out.fresh, sorted_out.late
         accepted: set[str] = set()
@@ -157,8 +166,7 @@ class Ingest:
         decided = [outcome for outcome in outcomes if outcome is not None]
         if len(decided) < len(items):
             raise AssertionError("an event was neither stored by this transaction nor found to be stored")
-        if all_or_nothing:
-            _require_all(decided)
+        _refuse(decided, refused)
         return decided
 
     async def _current_statements(self, connection: AsyncConnection, organization: str) -> event_store.IngestStatements:
@@ -238,9 +246,16 @@ def _stored_outcome(differing: Sequence[str]) -> Outcome:
     return Outcome(Verdict.CONFLICT, (Violation("transaction_id", Reason.IDEMPOTENCY_CONFLICT, message),))
 
 
-def _require_all(outcomes: Sequence[Outcome]) -> None:
-    """Raise, and so roll the transaction back, unless every event is stored."""
-    for verdict in (Verdict.REJECTED, Verdict.CONFLICT):
+def _refused(batch: Batch) -> Sequence[Verdict]:
+    """Return the verdicts that no event of a batch may get."""
+    if not batch.all_or_nothing:
+        return ()
+    return (Verdict.REJECTED,) if batch.ignores_conflicts else (Verdict.REJECTED, Verdict.CONFLICT)
+
+
+def _refuse(outcomes: Sequence[Outcome], verdicts: Sequence[Verdict]) -> None:
+    """Raise, and so roll the transaction back, if an event got one of the verdicts."""
+    for verdict in verdicts:
         violations = [
             Violation(f"events[{i}].{violation.field}", violation.reason, violation.message)
             for i, outcome in enumerate(outcomes)

@@ -15,6 +15,20 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from compat.metronome.v1 import billable_metric_pb2 as metronome_billable_metric_pb2
+from compat.metronome.v1 import billable_metric_pb2_grpc as metronome_billable_metric_pb2_grpc
+from compat.metronome.v1 import customer_pb2 as metronome_customer_pb2
+from compat.metronome.v1 import customer_pb2_grpc as metronome_customer_pb2_grpc
+from compat.metronome.v1 import usage_pb2 as metronome_usage_pb2
+from compat.metronome.v1 import usage_pb2_grpc as metronome_usage_pb2_grpc
+from compat.suger.v1 import billable_metric_pb2 as suger_billable_metric_pb2
+from compat.suger.v1 import billable_metric_pb2_grpc as suger_billable_metric_pb2_grpc
+from compat.suger.v1 import entitlement_pb2 as suger_entitlement_pb2
+from compat.suger.v1 import entitlement_pb2_grpc as suger_entitlement_pb2_grpc
+from compat.suger.v1 import usage_record_group_pb2 as suger_usage_record_group_pb2
+from compat.suger.v1 import usage_record_group_pb2_grpc as suger_usage_record_group_pb2_grpc
+from compat.suger.v1 import usage_record_report_pb2 as suger_usage_record_report_pb2
+from compat.suger.v1 import usage_record_report_pb2_grpc as suger_usage_record_report_pb2_grpc
 from metering.v1 import (
     billable_metric_pb2,
     billable_metric_pb2_grpc,
@@ -40,6 +54,13 @@ from service.migrations import is_current, upgrade
 from service.postgres import EmbeddedPostgres
 from service.reporting import Reporting
 from service.rpc.billable_metrics import BillableMetricService
+from service.rpc.compat.metronome import MetronomeBillableMetrics, MetronomeCustomers, MetronomeUsage
+from service.rpc.compat.suger import (
+    SugerBillableMetrics,
+    SugerEntitlements,
+    SugerUsageRecordGroups,
+    SugerUsageRecordReports,
+)
 from service.rpc.customers import CustomerService
 from service.rpc.entitlements import EntitlementService
 from service.rpc.events import EventService
@@ -54,16 +75,31 @@ from service.rpc.wire.record_groups import DECODERS
 log = structlog.get_logger("metering.server")
 
 SERVICES = tuple(
-    module.DESCRIPTOR.services_by_name[name].full_name
-    for module, name in (
-        (event_pb2, "EventService"),
-        (billable_metric_pb2, "BillableMetricService"),
-        (customer_pb2, "CustomerService"),
-        (usage_pb2, "UsageService"),
-        (entitlement_pb2, "EntitlementService"),
-        (usage_record_group_pb2, "UsageRecordGroupService"),
-        (usage_record_report_pb2, "UsageRecordReportService"),
+    service.full_name
+    for module in (
+        event_pb2,
+        billable_metric_pb2,
+        customer_pb2,
+        usage_pb2,
+        entitlement_pb2,
+        usage_record_group_pb2,
+        usage_record_report_pb2,
     )
+    for service in module.DESCRIPTOR.services_by_name.values()
+)
+# The APIs of other services, for a JSON transcoder in front.
+COMPAT_SERVICES = tuple(
+    service.full_name
+    for module in (
+        metronome_usage_pb2,
+        metronome_billable_metric_pb2,
+        metronome_customer_pb2,
+        suger_usage_record_group_pb2,
+        suger_usage_record_report_pb2,
+        suger_billable_metric_pb2,
+        suger_entitlement_pb2,
+    )
+    for service in module.DESCRIPTOR.services_by_name.values()
 )
 HEALTH_PERIOD_S = 2.0
 
@@ -108,23 +144,12 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
     unary_bytes = RequestBytes(config.request_bytes_max)
     interceptor = Interceptor(auth, unary_bytes, streams, stream_bytes, DECODERS)
     server = grpc.aio.server(interceptors=[interceptor], options=list(_OPTIONS))
-    events = EventService(database, tokens, ingest, streams, stream_bytes)
-    event_pb2_grpc.add_EventServiceServicer_to_server(events, server)
-    billable_metric_pb2_grpc.add_BillableMetricServiceServicer_to_server(
-        BillableMetricService(database, tokens, backfill.wake), server
-    )
-    customer_pb2_grpc.add_CustomerServiceServicer_to_server(CustomerService(database, tokens), server)
-    usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(database, tokens, streams), server)
-    entitlement_pb2_grpc.add_EntitlementServiceServicer_to_server(EntitlementService(database, tokens), server)
-    usage_record_group_pb2_grpc.add_UsageRecordGroupServiceServicer_to_server(
-        UsageRecordGroupService(database, tokens, config.partner_rules), server
-    )
-    usage_record_report_pb2_grpc.add_UsageRecordReportServiceServicer_to_server(
-        UsageRecordReportService(database, tokens), server
-    )
+    _add_services(server, config, database, tokens, ingest, backfill, streams, stream_bytes)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection(
+        (*SERVICES, *COMPAT_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
     with contextlib.ExitStack() as addresses:
         bound = [addresses.enter_context(_listen(server, address)) for address in config.listen]
         await _set_health(health_servicer, database)
@@ -141,6 +166,50 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
             await server.stop(config.drain.total_seconds())
             await asyncio.gather(*tasks, return_exceptions=True)
             await ingest.close()
+
+
+def _add_services(
+    server: grpc.aio.Server,
+    config: Config,
+    database: Database,
+    tokens: PageTokens,
+    ingest: Ingest,
+    backfill: Backfill,
+    streams: Streams,
+    stream_bytes: RequestBytes,
+) -> None:
+    events = EventService(database, tokens, ingest, streams, stream_bytes)
+    metrics = BillableMetricService(database, tokens, backfill.wake)
+    customers = CustomerService(database, tokens)
+    usage = UsageService(database, tokens, streams)
+    entitlements = EntitlementService(database, tokens)
+    groups = UsageRecordGroupService(database, tokens, config.partner_rules)
+    reports = UsageRecordReportService(database, tokens)
+    event_pb2_grpc.add_EventServiceServicer_to_server(events, server)
+    billable_metric_pb2_grpc.add_BillableMetricServiceServicer_to_server(metrics, server)
+    customer_pb2_grpc.add_CustomerServiceServicer_to_server(customers, server)
+    usage_pb2_grpc.add_UsageServiceServicer_to_server(usage, server)
+    entitlement_pb2_grpc.add_EntitlementServiceServicer_to_server(entitlements, server)
+    usage_record_group_pb2_grpc.add_UsageRecordGroupServiceServicer_to_server(groups, server)
+    usage_record_report_pb2_grpc.add_UsageRecordReportServiceServicer_to_server(reports, server)
+    metronome_usage = MetronomeUsage(
+        ingest, events, usage, customers, metrics, strict_windows=config.strict_compat_windows
+    )
+    metronome_usage_pb2_grpc.add_UsageServiceServicer_to_server(metronome_usage, server)
+    metronome_billable_metric_pb2_grpc.add_BillableMetricServiceServicer_to_server(
+        MetronomeBillableMetrics(metrics, customers), server
+    )
+    metronome_customer_pb2_grpc.add_CustomerServiceServicer_to_server(MetronomeCustomers(customers), server)
+    suger_usage_record_group_pb2_grpc.add_UsageRecordGroupServiceServicer_to_server(
+        SugerUsageRecordGroups(groups), server
+    )
+    suger_usage_record_report_pb2_grpc.add_UsageRecordReportServiceServicer_to_server(
+        SugerUsageRecordReports(reports), server
+    )
+    suger_billable_metric_pb2_grpc.add_BillableMetricServiceServicer_to_server(
+        SugerBillableMetrics(database, metrics), server
+    )
+    suger_entitlement_pb2_grpc.add_EntitlementServiceServicer_to_server(SugerEntitlements(entitlements), server)
 
 
 async def serve(config: Config, ready: Callable[[list[str]], None]) -> None:
@@ -266,5 +335,5 @@ async def _set_health(servicer: health.aio.HealthServicer, database: Database) -
     states = health_pb2.HealthCheckResponse
     ready = await database.ping()
     await servicer.set("", states.SERVING)
-    for name in SERVICES:
+    for name in (*SERVICES, *COMPAT_SERVICES):
         await servicer.set(name, states.SERVING if ready else states.NOT_SERVING)

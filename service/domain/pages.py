@@ -12,6 +12,8 @@ from service.errors import InvalidArgument, Reason, Violation, invalid
 
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1_000
+# Rows that a page may leave out before it begins.
+SKIP_MAX = 1_000_000
 _SIGNATURE_BYTES = 16
 # A token may have to name the last group of a page, whose values can be 16 KiB of JSON within JSON.
 _TOKEN_CHARACTERS_MAX = 64 * 1024
@@ -55,6 +57,13 @@ def page_size(requested: int, default: int = PAGE_SIZE_DEFAULT, most: int = PAGE
     if requested < 0:
         raise invalid("page_size", Reason.FIELD_INVALID, f"must not be negative; 0 means {default}, at most {most}")
     return min(requested or default, most)
+
+
+def skip(requested: int) -> int:
+    """Return how many rows to leave out before a page; raises InvalidArgument if that cannot be."""
+    if not 0 <= requested <= SKIP_MAX:
+        raise invalid("skip", Reason.FIELD_INVALID, f"must be 0..{SKIP_MAX:,}; page_token leads anywhere")
+    return requested
 
 
 def _raw(field: str, token: str) -> bytes:

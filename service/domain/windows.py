@@ -110,6 +110,22 @@ def local_date(instant: datetime, time_zone: str = "UTC") -> date:
     return date.fromordinal(_zone(time_zone).day_of(_utc(instant)))
 
 
+def widened(size: WindowSize, start: datetime, end: datetime) -> tuple[datetime, datetime]:
+    """Return the bounds of the UTC windows that hold `[start, end]`; an empty NONE range becomes the days that hold it.
+
+    Bounds that are valid stay as they are, and so do those that no widening mends (an end before its start, or windows
+    beyond EARLIEST to LATEST): they are for `Windows.of` to refuse. Raises ValueError if a bound is not aware UTC.
+    """
+    start, end = _utc(start), _utc(end)
+    if end < start or (size is WindowSize.NONE and start < end):
+        return start, end
+    width = _HOUR if size is WindowSize.HOUR else timedelta(days=1)
+    if not EARLIEST + width <= start <= end <= LATEST - width:
+        return start, end
+    first, last = _floor(start, width), _ceil(end, width)
+    return first, last if last > first else first + width
+
+
 def zone_fault(size: WindowSize, time_zone: str | None) -> WindowFault | None:
     """Say what is wrong with the time zone of a request; None if nothing is."""
     if size is WindowSize.HOUR and time_zone is not None:

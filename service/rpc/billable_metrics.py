@@ -72,8 +72,8 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
     ) -> pb.UpdateBillableMetricResponse:
         """See billable_metric.proto."""
         metric_id, org = one_id("billable_metric.id", request.billable_metric.id), organization()
-        name = wire.new_metric_name(request)
-        stored = await self._database.write(lambda c: store.rename_metric(c, org, metric_id, name))
+        changes = wire.metric_changes(request)
+        stored = await self._database.write(lambda c: store.update_metric(c, org, metric_id, **changes))
         return pb.UpdateBillableMetricResponse(billable_metric=wire.metric(stored))
 
     async def ArchiveBillableMetric(

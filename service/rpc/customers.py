@@ -37,15 +37,17 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
     async def ListCustomers(self, request: pb.ListCustomersRequest, context: Context) -> pb.ListCustomersResponse:
         """See customer.proto."""
         limit, org = pages.page_size(request.page_size), organization()
-        key = wire.customer_key_filter(request.customer_key)
+        key, ids = wire.customer_key_filter(request.customer_key), wire.customer_ids_filter(request.ids)
+        archived = True if request.only_archived else None if request.include_archived else False
         query_scope = scope("ListCustomers", request)
         state = await self._tokens.decode(query_scope, request.page_token)
         rows = await self._database.read(
             lambda c: store.list_customers(
                 c,
                 org,
-                include_archived=request.include_archived,
+                archived=archived,
                 key=key,
+                ids=ids,
                 after=uuid.UUID(state["after"]) if state else None,
                 limit=limit + 1,
             ),

@@ -16,7 +16,7 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from service.auth import Auth, Caller
-from service.errors import MeteringError, Reason, ResourceExhausted, Unauthenticated, invalid
+from service.errors import MeteringError, PermissionDenied, Reason, ResourceExhausted, Unauthenticated, invalid
 from service.rpc.status import internal, status
 from service.rpc.streams import ClientGone, Streams
 
@@ -44,6 +44,15 @@ def organization() -> str:
 def is_admin() -> bool:
     """Say whether the call being served comes from an administrator of its organization."""
     return _caller.get().is_admin
+
+
+def check_organization(named: str) -> None:
+    """Refuse a call that names another organization than its credential's; an open server has no credentials."""
+    caller = _caller.get()
+    if not caller.is_anyone and named != caller.organization:
+        raise PermissionDenied(
+            Reason.ORGANIZATION_MISMATCH, "The credential is not of the organization that the request names."
+        )
 
 
 class RequestBytes:

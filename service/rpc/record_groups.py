@@ -1,6 +1,7 @@
 """The RPCs of UsageRecordGroupService."""
 
 import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from weakref import WeakValueDictionary
 
@@ -10,6 +11,7 @@ from service.database import Database
 from service.domain import pages
 from service.domain.partners import Rules
 from service.domain.record_groups import PAGE_SIZE_MAX
+from service.errors import Violation
 from service.rpc.interceptor import Context, is_admin, organization
 from service.rpc.pages import PageTokens, fitting, scope
 from service.rpc.wire import in_slices
@@ -34,13 +36,18 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
         context: Context,
     ) -> pb.BatchValidateUsageRecordGroupsResponse:
         """See usage_record_group.proto."""
-        items, org, admin = await wire.new_groups(request, ids_required=False), organization(), is_admin()
-        found = await self._database.read(
+        items = await wire.new_groups(request, ids_required=False)
+        found = await self.validate(items, context)
+        results = await in_slices(lambda one: one, wire.validations(items, found))
+        return pb.BatchValidateUsageRecordGroupsResponse(results=results)
+
+    async def validate(self, items: Sequence[intake.Item], context: Context) -> list[Sequence[Violation]]:
+        """Return the faults of each of the caller's groups."""
+        org, admin = organization(), is_admin()
+        return await self._database.read(
             lambda c: intake.validate_groups(c, org, items, self._rules, admin=admin),
             timeout_s=context.time_remaining(),
         )
-        results = await in_slices(lambda one: one, wire.validations(items, found))
-        return pb.BatchValidateUsageRecordGroupsResponse(results=results)
 
     async def ReportUsageRecordGroups(
         self,
@@ -48,16 +55,26 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
         context: Context,
     ) -> pb.ReportUsageRecordGroupsResponse:
         """See usage_record_group.proto."""
-        items, org, admin = await wire.new_groups(request, ids_required=True), organization(), is_admin()
+        found = await self.report(await wire.new_groups(request, ids_required=True))
+        results = await in_slices(lambda one: one, wire.results(found, organization()))
+        return pb.ReportUsageRecordGroupsResponse(results=results)
+
+    async def report(self, items: Sequence[intake.Item], *, all_or_nothing: bool = False) -> intake.Reported:
+        """Store the caller's groups; see `intake.report_groups`."""
+        org, admin = organization(), is_admin()
         # One organization's batches take turns, as they would in the database, and leave the other places to others.
         async with self._turns.setdefault(org, asyncio.Lock()):
-            found = await self._database.write(
+            return await self._database.write(
                 lambda c: intake.report_groups(
-                    c, org, items, self._rules, admin=admin, shown_bytes_max=wire.ANSWER_BYTES_MAX
+                    c,
+                    org,
+                    items,
+                    self._rules,
+                    admin=admin,
+                    shown_bytes_max=wire.ANSWER_BYTES_MAX,
+                    all_or_nothing=all_or_nothing,
                 )
             )
-        results = await in_slices(lambda one: one, wire.results(found, org))
-        return pb.ReportUsageRecordGroupsResponse(results=results)
 
     async def ListUsageRecordGroups(
         self, request: pb.ListUsageRecordGroupsRequest, context: Context

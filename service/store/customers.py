@@ -76,15 +76,21 @@ async def list_customers(
     connection: AsyncConnection,
     organization: str,
     *,
-    include_archived: bool,
+    archived: bool | None,
     key: str | None,
+    ids: Sequence[uuid.UUID] | None = None,
     after: uuid.UUID | None,
     limit: int,
 ) -> list[Customer]:
-    """Return customers by id, after the one given; `key` narrows them to the owner of that key."""
+    """Return customers by id, after the one given: those `archived` or not (None = both).
+
+    `key` narrows them to the owner of that key, `ids` to these.
+    """
     query = _CUSTOMERS.where(customers.c.organization_id == organization).order_by(customers.c.id).limit(limit)
-    if not include_archived:
-        query = query.where(customers.c.archived_at.is_(None))
+    if archived is not None:
+        query = query.where(customers.c.archived_at.is_not(None) if archived else customers.c.archived_at.is_(None))
+    if ids is not None:
+        query = query.where(customers.c.id == sa.any_(sa.literal(list(ids), ARRAY(sa.Uuid))))
     if after is not None:
         query = query.where(customers.c.id > after)
     if key is not None:

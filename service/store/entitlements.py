@@ -168,11 +168,16 @@ async def list_entitlements(
     buyer_id: str | None,
     status: EntitlementStatus | None,
     after: str | None,
+    skip: int = 0,
     limit: int,
 ) -> list[Entitlement]:
-    """Return entitlements by id, after the one given, without what they carry; every filter given must hold."""
+    """Return entitlements by id, after the one given and `skip` more, without what they carry.
+
+    Every filter given must hold.
+    """
     columns = entitlements.c
-    query = _ENTITLEMENTS.where(columns.organization_id == organization).order_by(columns.id).limit(limit)
+    query = _ENTITLEMENTS.where(columns.organization_id == organization).order_by(columns.id)
+    query = query.offset(skip or None).limit(limit)
     if partner is not None:
         query = query.where(columns.partner == partner.value)
     if product_id is not None:

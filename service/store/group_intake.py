@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from service.domain.record_groups import (
     resolved,
     violations,
 )
-from service.errors import Reason, Violation
+from service.errors import AlreadyExists, InvalidArgument, Reason, Violation
 from service.store import entitlements as entitlement_store
 from service.store import events as event_store
 from service.store import metrics as metric_store
@@ -89,10 +90,12 @@ async def report_groups(
     *,
     admin: bool,
     shown_bytes_max: int,
+    all_or_nothing: bool = False,
 ) -> Reported:
     """Store the groups that are new and valid, and their records as usage of the buyers.
 
     Returns one result per group, and what is stored under their ids, as much of it as takes about `shown_bytes_max`.
+    With `all_or_nothing` it raises InvalidArgument if one is rejected, AlreadyExists if one is in conflict.
 
     A stored id is answered before any rule that time or the catalog could have changed. Locks are taken in one order:
     the organization's, new record metrics, the organization's counter of serial ids, groups, events, cells.
@@ -116,8 +119,28 @@ async def report_groups(
             results.append(Result(group.id, Verdict.DUPLICATE))
         else:
             results.append(Result(group.id, Verdict.CONFLICT, [_CONFLICT]))
+    if all_or_nothing:
+        _require_all(results)
     kept = [one.id for one in results if one.verdict is not Verdict.REJECTED]
     return Reported(results, await groups_within(connection, organization, kept, shown_bytes_max))
+
+
+def _require_all(results: Sequence[Result]) -> None:
+    """Raise, and so roll the transaction back, unless every group is stored."""
+    rejected = [
+        replace(fault, field=f"groups[{i}].{fault.field}")
+        for i, one in enumerate(results)
+        if one.verdict is Verdict.REJECTED
+        for fault in one.violations
+    ]
+    if rejected:
+        raise InvalidArgument(rejected)
+    conflict = next((one for one in results if one.verdict is Verdict.CONFLICT), None)
+    if conflict is not None:
+        message = (
+            f"Usage record group {conflict.id} {conflict.violations[0].message}. No group of this call was stored."
+        )
+        raise AlreadyExists(Reason.IDEMPOTENCY_CONFLICT, message, metadata={"id": conflict.id})
 
 
 def _apart(items: Sequence[Item]) -> tuple[list[NewGroup], list[Sequence[Violation]]]:

@@ -1,12 +1,12 @@
 """Every statement about billable metrics and the counting of their past."""
 
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.metrics import (
@@ -200,11 +200,22 @@ async def ensure_record_metrics(
     await connection.execute(insert(billable_metrics).values(rows).on_conflict_do_nothing())
 
 
-async def rename_metric(
-    connection: AsyncConnection, organization: str, metric_id: uuid.UUID, name: str
+async def update_metric(
+    connection: AsyncConnection,
+    organization: str,
+    metric_id: uuid.UUID,
+    *,
+    name: str | None = None,
+    custom_fields: Mapping[str, str] | None = None,
 ) -> BillableMetric:
-    """Give a metric another name; raises NotFound."""
-    await connection.execute(sa.update(billable_metrics).where(*_one(organization, metric_id)).values(name=name))
+    """Give a metric another name or other custom fields, None = as they are; raises NotFound."""
+    values: dict[str, object] = {}
+    if name is not None:
+        values["name"] = name
+    if custom_fields is not None:
+        notes = sa.literal({"custom_fields": dict(custom_fields)}, JSONB)
+        values["definition"] = billable_metrics.c.definition.concat(notes)
+    await connection.execute(sa.update(billable_metrics).where(*_one(organization, metric_id)).values(values))
     return await get_metric(connection, organization, metric_id)
 
 

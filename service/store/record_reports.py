@@ -42,9 +42,9 @@ class Found(NamedTuple):
 
 
 async def list_reports(
-    connection: AsyncConnection, organization: str, query: ReportQuery, after: Key | None, limit: int
+    connection: AsyncConnection, organization: str, query: ReportQuery, after: Key | None, skip: int, limit: int
 ) -> Found:
-    """Return up to `limit` reports after the one given, the latest hour first."""
+    """Return up to `limit` reports after the one given and `skip` more, the latest hour first."""
     columns = usage_record_reports.c
     where = [columns.marketplace_time >= query.start, columns.marketplace_time < query.end]
     for column, value in (
@@ -61,7 +61,7 @@ async def list_reports(
     order = (columns.marketplace_time.desc(), columns.id.desc())
     await group_store.plan_for_values(connection)
     keys = sa.select(columns.id).where(columns.organization_id == organization, *where)
-    ids = list((await connection.execute(keys.order_by(*order).limit(limit + 1))).scalars())
+    ids = list((await connection.execute(keys.order_by(*order).offset(skip or None).limit(limit + 1))).scalars())
     wanted = await _fitting(connection, organization, ids[:limit])
     reports = await _reports(connection, organization, columns.id == sa.any_(uuids(wanted)), order=order)
     return Found(reports, len(wanted) < len(ids))

@@ -442,7 +442,7 @@ class UpdateBillableMetricRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to change. Only `name` can change. Empty = `name`."""
+        """The fields to change, of `name` and `custom_fields`. Empty = `name`."""
 
     def __init__(
         self,

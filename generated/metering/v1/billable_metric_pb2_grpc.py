@@ -94,7 +94,8 @@ class BillableMetricServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateBillableMetric(self, request, context):
-        """Renames a metric; everything else of it is fixed at creation, so that numbers keep their meaning. Idempotent.
+        """Changes a metric's name or custom fields; all else is fixed at creation, so that numbers keep their meaning.
+        Idempotent.
         Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

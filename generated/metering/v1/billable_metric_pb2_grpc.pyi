@@ -47,7 +47,8 @@ class BillableMetricServiceStub:
     ListBillableMetrics: _grpc.UnaryUnaryMultiCallable[_billable_metric_pb2.ListBillableMetricsRequest, _billable_metric_pb2.ListBillableMetricsResponse]
     """Lists metrics in the order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad page size or token."""
     UpdateBillableMetric: _grpc.UnaryUnaryMultiCallable[_billable_metric_pb2.UpdateBillableMetricRequest, _billable_metric_pb2.UpdateBillableMetricResponse]
-    """Renames a metric; everything else of it is fixed at creation, so that numbers keep their meaning. Idempotent.
+    """Changes a metric's name or custom fields; all else is fixed at creation, so that numbers keep their meaning.
+    Idempotent.
     Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change.
     """
     ArchiveBillableMetric: _grpc.UnaryUnaryMultiCallable[_billable_metric_pb2.ArchiveBillableMetricRequest, _billable_metric_pb2.ArchiveBillableMetricResponse]
@@ -75,7 +76,8 @@ class BillableMetricServiceAsyncStub(BillableMetricServiceStub):
     ListBillableMetrics: _aio.UnaryUnaryMultiCallable[_billable_metric_pb2.ListBillableMetricsRequest, _billable_metric_pb2.ListBillableMetricsResponse]  # type: ignore[assignment]
     """Lists metrics in the order of their ids. Read-only. Fails with INVALID_ARGUMENT on a bad page size or token."""
     UpdateBillableMetric: _aio.UnaryUnaryMultiCallable[_billable_metric_pb2.UpdateBillableMetricRequest, _billable_metric_pb2.UpdateBillableMetricResponse]  # type: ignore[assignment]
-    """Renames a metric; everything else of it is fixed at creation, so that numbers keep their meaning. Idempotent.
+    """Changes a metric's name or custom fields; all else is fixed at creation, so that numbers keep their meaning.
+    Idempotent.
     Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change.
     """
     ArchiveBillableMetric: _aio.UnaryUnaryMultiCallable[_billable_metric_pb2.ArchiveBillableMetricRequest, _billable_metric_pb2.ArchiveBillableMetricResponse]  # type: ignore[assignment]
@@ -124,7 +126,8 @@ class BillableMetricServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _billable_metric_pb2.UpdateBillableMetricRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_billable_metric_pb2.UpdateBillableMetricResponse, _abc.Awaitable[_billable_metric_pb2.UpdateBillableMetricResponse]]:
-        """Renames a metric; everything else of it is fixed at creation, so that numbers keep their meaning. Idempotent.
+        """Changes a metric's name or custom fields; all else is fixed at creation, so that numbers keep their meaning.
+        Idempotent.
         Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change.
         """
 

@@ -26,7 +26,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ametering/v1/customer.proto\x12\x0bmetering.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8b\x03\n\x08\x43ustomer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x62uyer_id\x18\x03 \x01(\t\x12\x16\n\x0eingest_aliases\x18\x04 \x03(\t\x12\x32\n\x0e\x62illing_period\x18\x05 \x01(\x0b\x32\x1a.metering.v1.BillingPeriod\x12>\n\rcustom_fields\x18\x06 \x03(\x0b\x32\'.metering.v1.Customer.CustomFieldsEntry\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x61rchive_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x33\n\x11\x43ustomFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x99\x01\n\rBillingPeriod\x12\x30\n\tfrequency\x18\x01 \x01(\x0e\x32\x1d.metering.v1.BillingFrequency\x12\x13\n\x0b\x61nchor_date\x18\x02 \x01(\t\x12\x13\n\x0bstarting_on\x18\x03 \x01(\t\x12\x1a\n\rending_before\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_ending_before\"@\n\x15\x43reateCustomerRequest\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"A\n\x16\x43reateCustomerResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\" \n\x12GetCustomerRequest\x12\n\n\x02id\x18\x01 \x01(\t\">\n\x13GetCustomerResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"m\n\x14ListCustomersRequest\x12\x18\n\x10include_archived\x18\x01 \x01(\x08\x12\x14\n\x0c\x63ustomer_key\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"Z\n\x15ListCustomersResponse\x12(\n\tcustomers\x18\x01 \x03(\x0b\x32\x15.metering.v1.Customer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"=\n\x17SetIngestAliasesRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0eingest_aliases\x18\x02 \x03(\t\"C\n\x18SetIngestAliasesResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"Y\n\x17SetBillingPeriodRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x32\n\x0e\x62illing_period\x18\x02 \x01(\x0b\x32\x1a.metering.v1.BillingPeriod\"C\n\x18SetBillingPeriodResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"q\n\x15UpdateCustomerRequest\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"A\n\x16UpdateCustomerResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"$\n\x16\x41rchiveCustomerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"B\n\x17\x41rchiveCustomerResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer*\xb1\x01\n\x10\x42illingFrequency\x12!\n\x1d\x42ILLING_FREQUENCY_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x42ILLING_FREQUENCY_MONTHLY\x10\x01\x12\x1f\n\x1b\x42ILLING_FREQUENCY_QUARTERLY\x10\x02\x12\x1c\n\x18\x42ILLING_FREQUENCY_ANNUAL\x10\x03\x12\x1c\n\x18\x42ILLING_FREQUENCY_WEEKLY\x10\x04\x32\x91\x05\n\x0f\x43ustomerService\x12Y\n\x0e\x43reateCustomer\x12\".metering.v1.CreateCustomerRequest\x1a#.metering.v1.CreateCustomerResponse\x12P\n\x0bGetCustomer\x12\x1f.metering.v1.GetCustomerRequest\x1a .metering.v1.GetCustomerResponse\x12V\n\rListCustomers\x12!.metering.v1.ListCustomersRequest\x1a\".metering.v1.ListCustomersResponse\x12_\n\x10SetIngestAliases\x12$.metering.v1.SetIngestAliasesRequest\x1a%.metering.v1.SetIngestAliasesResponse\x12_\n\x10SetBillingPeriod\x12$.metering.v1.SetBillingPeriodRequest\x1a%.metering.v1.SetBillingPeriodResponse\x12Y\n\x0eUpdateCustomer\x12\".metering.v1.UpdateCustomerRequest\x1a#.metering.v1.UpdateCustomerResponse\x12\\\n\x0f\x41rchiveCustomer\x12#.metering.v1.ArchiveCustomerRequest\x1a$.metering.v1.ArchiveCustomerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ametering/v1/customer.proto\x12\x0bmetering.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8b\x03\n\x08\x43ustomer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x62uyer_id\x18\x03 \x01(\t\x12\x16\n\x0eingest_aliases\x18\x04 \x03(\t\x12\x32\n\x0e\x62illing_period\x18\x05 \x01(\x0b\x32\x1a.metering.v1.BillingPeriod\x12>\n\rcustom_fields\x18\x06 \x03(\x0b\x32\'.metering.v1.Customer.CustomFieldsEntry\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x61rchive_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x33\n\x11\x43ustomFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x99\x01\n\rBillingPeriod\x12\x30\n\tfrequency\x18\x01 \x01(\x0e\x32\x1d.metering.v1.BillingFrequency\x12\x13\n\x0b\x61nchor_date\x18\x02 \x01(\t\x12\x13\n\x0bstarting_on\x18\x03 \x01(\t\x12\x1a\n\rending_before\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_ending_before\"@\n\x15\x43reateCustomerRequest\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"A\n\x16\x43reateCustomerResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\" \n\x12GetCustomerRequest\x12\n\n\x02id\x18\x01 \x01(\t\">\n\x13GetCustomerResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"\x91\x01\n\x14ListCustomersRequest\x12\x18\n\x10include_archived\x18\x01 \x01(\x08\x12\x14\n\x0c\x63ustomer_key\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x0b\n\x03ids\x18\x05 \x03(\t\x12\x15\n\ronly_archived\x18\x06 \x01(\x08\"Z\n\x15ListCustomersResponse\x12(\n\tcustomers\x18\x01 \x03(\x0b\x32\x15.metering.v1.Customer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"=\n\x17SetIngestAliasesRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0eingest_aliases\x18\x02 \x03(\t\"C\n\x18SetIngestAliasesResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"Y\n\x17SetBillingPeriodRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x32\n\x0e\x62illing_period\x18\x02 \x01(\x0b\x32\x1a.metering.v1.BillingPeriod\"C\n\x18SetBillingPeriodResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"q\n\x15UpdateCustomerRequest\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"A\n\x16UpdateCustomerResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer\"$\n\x16\x41rchiveCustomerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"B\n\x17\x41rchiveCustomerResponse\x12\'\n\x08\x63ustomer\x18\x01 \x01(\x0b\x32\x15.metering.v1.Customer*\xb1\x01\n\x10\x42illingFrequency\x12!\n\x1d\x42ILLING_FREQUENCY_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x42ILLING_FREQUENCY_MONTHLY\x10\x01\x12\x1f\n\x1b\x42ILLING_FREQUENCY_QUARTERLY\x10\x02\x12\x1c\n\x18\x42ILLING_FREQUENCY_ANNUAL\x10\x03\x12\x1c\n\x18\x42ILLING_FREQUENCY_WEEKLY\x10\x04\x32\x91\x05\n\x0f\x43ustomerService\x12Y\n\x0e\x43reateCustomer\x12\".metering.v1.CreateCustomerRequest\x1a#.metering.v1.CreateCustomerResponse\x12P\n\x0bGetCustomer\x12\x1f.metering.v1.GetCustomerRequest\x1a .metering.v1.GetCustomerResponse\x12V\n\rListCustomers\x12!.metering.v1.ListCustomersRequest\x1a\".metering.v1.ListCustomersResponse\x12_\n\x10SetIngestAliases\x12$.metering.v1.SetIngestAliasesRequest\x1a%.metering.v1.SetIngestAliasesResponse\x12_\n\x10SetBillingPeriod\x12$.metering.v1.SetBillingPeriodRequest\x1a%.metering.v1.SetBillingPeriodResponse\x12Y\n\x0eUpdateCustomer\x12\".metering.v1.UpdateCustomerRequest\x1a#.metering.v1.UpdateCustomerResponse\x12\\\n\x0f\x41rchiveCustomer\x12#.metering.v1.ArchiveCustomerRequest\x1a$.metering.v1.ArchiveCustomerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CUSTOMER_CUSTOMFIELDSENTRY']._loaded_options = None
   _globals['_CUSTOMER_CUSTOMFIELDSENTRY']._serialized_options = b'8\001'
-  _globals['_BILLINGFREQUENCY']._serialized_start=1679
-  _globals['_BILLINGFREQUENCY']._serialized_end=1856
+  _globals['_BILLINGFREQUENCY']._serialized_start=1716
+  _globals['_BILLINGFREQUENCY']._serialized_end=1893
   _globals['_CUSTOMER']._serialized_start=111
   _globals['_CUSTOMER']._serialized_end=506
   _globals['_CUSTOMER_CUSTOMFIELDSENTRY']._serialized_start=455
@@ -51,26 +51,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCUSTOMERREQUEST']._serialized_end=829
   _globals['_GETCUSTOMERRESPONSE']._serialized_start=831
   _globals['_GETCUSTOMERRESPONSE']._serialized_end=893
-  _globals['_LISTCUSTOMERSREQUEST']._serialized_start=895
-  _globals['_LISTCUSTOMERSREQUEST']._serialized_end=1004
-  _globals['_LISTCUSTOMERSRESPONSE']._serialized_start=1006
-  _globals['_LISTCUSTOMERSRESPONSE']._serialized_end=1096
-  _globals['_SETINGESTALIASESREQUEST']._serialized_start=1098
-  _globals['_SETINGESTALIASESREQUEST']._serialized_end=1159
-  _globals['_SETINGESTALIASESRESPONSE']._serialized_start=1161
-  _globals['_SETINGESTALIASESRESPONSE']._serialized_end=1228
-  _globals['_SETBILLINGPERIODREQUEST']._serialized_start=1230
-  _globals['_SETBILLINGPERIODREQUEST']._serialized_end=1319
-  _globals['_SETBILLINGPERIODRESPONSE']._serialized_start=1321
-  _globals['_SETBILLINGPERIODRESPONSE']._serialized_end=1388
-  _globals['_UPDATECUSTOMERREQUEST']._serialized_start=1390
-  _globals['_UPDATECUSTOMERREQUEST']._serialized_end=1503
-  _globals['_UPDATECUSTOMERRESPONSE']._serialized_start=1505
-  _globals['_UPDATECUSTOMERRESPONSE']._serialized_end=1570
-  _globals['_ARCHIVECUSTOMERREQUEST']._serialized_start=1572
-  _globals['_ARCHIVECUSTOMERREQUEST']._serialized_end=1608
-  _globals['_ARCHIVECUSTOMERRESPONSE']._serialized_start=1610
-  _globals['_ARCHIVECUSTOMERRESPONSE']._serialized_end=1676
-  _globals['_CUSTOMERSERVICE']._serialized_start=1859
-  _globals['_CUSTOMERSERVICE']._serialized_end=2516
+  _globals['_LISTCUSTOMERSREQUEST']._serialized_start=896
+  _globals['_LISTCUSTOMERSREQUEST']._serialized_end=1041
+  _globals['_LISTCUSTOMERSRESPONSE']._serialized_start=1043
+  _globals['_LISTCUSTOMERSRESPONSE']._serialized_end=1133
+  _globals['_SETINGESTALIASESREQUEST']._serialized_start=1135
+  _globals['_SETINGESTALIASESREQUEST']._serialized_end=1196
+  _globals['_SETINGESTALIASESRESPONSE']._serialized_start=1198
+  _globals['_SETINGESTALIASESRESPONSE']._serialized_end=1265
+  _globals['_SETBILLINGPERIODREQUEST']._serialized_start=1267
+  _globals['_SETBILLINGPERIODREQUEST']._serialized_end=1356
+  _globals['_SETBILLINGPERIODRESPONSE']._serialized_start=1358
+  _globals['_SETBILLINGPERIODRESPONSE']._serialized_end=1425
+  _globals['_UPDATECUSTOMERREQUEST']._serialized_start=1427
+  _globals['_UPDATECUSTOMERREQUEST']._serialized_end=1540
+  _globals['_UPDATECUSTOMERRESPONSE']._serialized_start=1542
+  _globals['_UPDATECUSTOMERRESPONSE']._serialized_end=1607
+  _globals['_ARCHIVECUSTOMERREQUEST']._serialized_start=1609
+  _globals['_ARCHIVECUSTOMERREQUEST']._serialized_end=1645
+  _globals['_ARCHIVECUSTOMERRESPONSE']._serialized_start=1647
+  _globals['_ARCHIVECUSTOMERRESPONSE']._serialized_end=1713
+  _globals['_CUSTOMERSERVICE']._serialized_start=1896
+  _globals['_CUSTOMERSERVICE']._serialized_end=2553
 # @@protoc_insertion_point(module_scope)

@@ -284,6 +284,8 @@ class ListCustomersRequest(_message.Message):
     CUSTOMER_KEY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    ONLY_ARCHIVED_FIELD_NUMBER: _builtins.int
     include_archived: _builtins.bool
     """If true, archived customers are listed too. Default false."""
     customer_key: _builtins.str
@@ -294,6 +296,12 @@ class ListCustomersRequest(_message.Message):
     """`next_page_token` of the page before, or empty for the first page. The other fields, `page_size` apart, must be
     those of the first page.
     """
+    only_archived: _builtins.bool
+    """If true, only archived customers are listed, whatever `include_archived` says. Default false."""
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """If not empty, only these customers, by UUID; at most 1,000. Ids that no customer has are left out."""
+
     def __init__(
         self,
         *,
@@ -301,10 +309,12 @@ class ListCustomersRequest(_message.Message):
         customer_key: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+        only_archived: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer_key", b"customer_key", "include_archived", b"include_archived", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer_key", b"customer_key", "ids", b"ids", "include_archived", b"include_archived", "only_archived", b"only_archived", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -621,6 +621,7 @@ class ListEntitlementsRequest(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SKIP_FIELD_NUMBER: _builtins.int
     partner: Global___Partner.ValueType
     """Only those bought on this partner."""
     product_id: _builtins.str
@@ -635,6 +636,10 @@ class ListEntitlementsRequest(_message.Message):
     """`next_page_token` of the page before, or empty for the first page. The other fields, `page_size` apart, must be
     those of the first page.
     """
+    skip: _builtins.int
+    """So many rows are passed over before this page begins, from where the token leads. 0..1,000,000. Its cost grows
+    with the number; a token's does not.
+    """
     def __init__(
         self,
         *,
@@ -644,10 +649,11 @@ class ListEntitlementsRequest(_message.Message):
         status: Global___EntitlementStatus.ValueType = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        skip: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buyer_id", b"buyer_id", "page_size", b"page_size", "page_token", b"page_token", "partner", b"partner", "product_id", b"product_id", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buyer_id", b"buyer_id", "page_size", b"page_size", "page_token", b"page_token", "partner", b"partner", "product_id", b"product_id", "skip", b"skip", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -242,6 +242,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A value of the group and the same value in its meta_info differ. A fault of a group.
     {"reason":"META_INFO_MISMATCH","domain":"metering","metadata":{"field":"groups[0].meta_info.timestamp","violations":"1"}}
     """
+    ERROR_REASON_ORGANIZATION_MISMATCH: _ErrorReason.ValueType  # 82
+    """A path or field names another organization than that of the credential. PERMISSION_DENIED.
+    {"reason":"ORGANIZATION_MISMATCH","domain":"metering"}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or an event failed, in a form that programs can rely on.
@@ -471,5 +475,9 @@ ERROR_REASON_SKIP_VALIDATION_FORBIDDEN: ErrorReason.ValueType  # 80
 ERROR_REASON_META_INFO_MISMATCH: ErrorReason.ValueType  # 81
 """A value of the group and the same value in its meta_info differ. A fault of a group.
 {"reason":"META_INFO_MISMATCH","domain":"metering","metadata":{"field":"groups[0].meta_info.timestamp","violations":"1"}}
+"""
+ERROR_REASON_ORGANIZATION_MISMATCH: ErrorReason.ValueType  # 82
+"""A path or field names another organization than that of the credential. PERMISSION_DENIED.
+{"reason":"ORGANIZATION_MISMATCH","domain":"metering"}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

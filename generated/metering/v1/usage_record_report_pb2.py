@@ -27,35 +27,35 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from metering.v1 import entitlement_pb2 as metering_dot_v1_dot_entitlement__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%metering/v1/usage_record_report.proto\x12\x0bmetering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dmetering/v1/entitlement.proto\"\xde\x01\n\x17UsageRecordReportRecord\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x10\n\x08quantity\x18\x02 \x01(\t\x12\x15\n\rused_quantity\x18\x03 \x01(\t\x12\x1c\n\x14\x64\x65\x63imal_parts_before\x18\x04 \x01(\t\x12\x1b\n\x13\x64\x65\x63imal_parts_after\x18\x05 \x01(\t\x12+\n\x07outcome\x18\x06 \x01(\x0e\x32\x1a.metering.v1.ReportOutcome\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x14\n\x0crecord_count\x18\x08 \x01(\x03\"\xb7\x04\n\x11UsageRecordReport\x12\n\n\x02id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12%\n\x07partner\x18\x03 \x01(\x0e\x32\x14.metering.v1.Partner\x12\x12\n\nproduct_id\x18\x04 \x01(\t\x12\x16\n\x0e\x65ntitlement_id\x18\x05 \x01(\t\x12\x10\n\x08\x62uyer_id\x18\x06 \x01(\t\x12\x34\n\x10marketplace_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0freport_deadline\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x06status\x18\t \x01(\x0e\x32$.metering.v1.UsageRecordReportStatus\x12\x35\n\x07records\x18\n \x03(\x0b\x32$.metering.v1.UsageRecordReportRecord\x12\x13\n\x0bgroup_count\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rcomplete_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elease_deadline\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0blease_count\x18\x0f \x01(\x05\"\xf3\x01\n\x1dListUsageRecordReportsRequest\x12%\n\x07partner\x18\x01 \x01(\x0e\x32\x14.metering.v1.Partner\x12\x16\n\x0e\x65ntitlement_id\x18\x02 \x01(\t\x12\x10\n\x08\x62uyer_id\x18\x03 \x01(\t\x12\x34\n\x06status\x18\x04 \x01(\x0e\x32$.metering.v1.UsageRecordReportStatus\x12\x12\n\nstart_date\x18\x05 \x01(\t\x12\x10\n\x08\x65nd_date\x18\x06 \x01(\t\x12\x11\n\tpage_size\x18\x07 \x01(\x05\x12\x12\n\npage_token\x18\x08 \x01(\t\"w\n\x1eListUsageRecordReportsResponse\x12<\n\x14usage_record_reports\x18\x01 \x03(\x0b\x32\x1e.metering.v1.UsageRecordReport\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa4\x01\n\x1eLeaseUsageRecordReportsRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12%\n\x07partner\x18\x02 \x01(\x0e\x32\x14.metering.v1.Partner\x12\x13\n\x0bmax_reports\x18\x03 \x01(\x05\x12\x31\n\x0elease_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"_\n\x1fLeaseUsageRecordReportsResponse\x12<\n\x14usage_record_reports\x18\x01 \x03(\x0b\x32\x1e.metering.v1.UsageRecordReport\"Z\n\rRecordOutcome\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x07outcome\x18\x02 \x01(\x0e\x32\x1a.metering.v1.ReportOutcome\x12\x0f\n\x07message\x18\x03 \x01(\t\"q\n CompleteUsageRecordReportRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12,\n\x08outcomes\x18\x03 \x03(\x0b\x32\x1a.metering.v1.RecordOutcome\"`\n!CompleteUsageRecordReportResponse\x12;\n\x13usage_record_report\x18\x01 \x01(\x0b\x32\x1e.metering.v1.UsageRecordReport*\xbe\x01\n\x17UsageRecordReportStatus\x12*\n&USAGE_RECORD_REPORT_STATUS_UNSPECIFIED\x10\x00\x12&\n\"USAGE_RECORD_REPORT_STATUS_PENDING\x10\x01\x12(\n$USAGE_RECORD_REPORT_STATUS_SUCCEEDED\x10\x02\x12%\n!USAGE_RECORD_REPORT_STATUS_FAILED\x10\x03*g\n\rReportOutcome\x12\x1e\n\x1aREPORT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17REPORT_OUTCOME_REPORTED\x10\x01\x12\x19\n\x15REPORT_OUTCOME_FAILED\x10\x02\x32\xff\x02\n\x18UsageRecordReportService\x12q\n\x16ListUsageRecordReports\x12*.metering.v1.ListUsageRecordReportsRequest\x1a+.metering.v1.ListUsageRecordReportsResponse\x12t\n\x17LeaseUsageRecordReports\x12+.metering.v1.LeaseUsageRecordReportsRequest\x1a,.metering.v1.LeaseUsageRecordReportsResponse\x12z\n\x19\x43ompleteUsageRecordReport\x12-.metering.v1.CompleteUsageRecordReportRequest\x1a..metering.v1.CompleteUsageRecordReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%metering/v1/usage_record_report.proto\x12\x0bmetering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dmetering/v1/entitlement.proto\"\xde\x01\n\x17UsageRecordReportRecord\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x10\n\x08quantity\x18\x02 \x01(\t\x12\x15\n\rused_quantity\x18\x03 \x01(\t\x12\x1c\n\x14\x64\x65\x63imal_parts_before\x18\x04 \x01(\t\x12\x1b\n\x13\x64\x65\x63imal_parts_after\x18\x05 \x01(\t\x12+\n\x07outcome\x18\x06 \x01(\x0e\x32\x1a.metering.v1.ReportOutcome\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x14\n\x0crecord_count\x18\x08 \x01(\x03\"\xb7\x04\n\x11UsageRecordReport\x12\n\n\x02id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12%\n\x07partner\x18\x03 \x01(\x0e\x32\x14.metering.v1.Partner\x12\x12\n\nproduct_id\x18\x04 \x01(\t\x12\x16\n\x0e\x65ntitlement_id\x18\x05 \x01(\t\x12\x10\n\x08\x62uyer_id\x18\x06 \x01(\t\x12\x34\n\x10marketplace_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0freport_deadline\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x06status\x18\t \x01(\x0e\x32$.metering.v1.UsageRecordReportStatus\x12\x35\n\x07records\x18\n \x03(\x0b\x32$.metering.v1.UsageRecordReportRecord\x12\x13\n\x0bgroup_count\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rcomplete_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elease_deadline\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0blease_count\x18\x0f \x01(\x05\"\x81\x02\n\x1dListUsageRecordReportsRequest\x12%\n\x07partner\x18\x01 \x01(\x0e\x32\x14.metering.v1.Partner\x12\x16\n\x0e\x65ntitlement_id\x18\x02 \x01(\t\x12\x10\n\x08\x62uyer_id\x18\x03 \x01(\t\x12\x34\n\x06status\x18\x04 \x01(\x0e\x32$.metering.v1.UsageRecordReportStatus\x12\x12\n\nstart_date\x18\x05 \x01(\t\x12\x10\n\x08\x65nd_date\x18\x06 \x01(\t\x12\x11\n\tpage_size\x18\x07 \x01(\x05\x12\x12\n\npage_token\x18\x08 \x01(\t\x12\x0c\n\x04skip\x18\x65 \x01(\x05\"w\n\x1eListUsageRecordReportsResponse\x12<\n\x14usage_record_reports\x18\x01 \x03(\x0b\x32\x1e.metering.v1.UsageRecordReport\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa4\x01\n\x1eLeaseUsageRecordReportsRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12%\n\x07partner\x18\x02 \x01(\x0e\x32\x14.metering.v1.Partner\x12\x13\n\x0bmax_reports\x18\x03 \x01(\x05\x12\x31\n\x0elease_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"_\n\x1fLeaseUsageRecordReportsResponse\x12<\n\x14usage_record_reports\x18\x01 \x03(\x0b\x32\x1e.metering.v1.UsageRecordReport\"Z\n\rRecordOutcome\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x07outcome\x18\x02 \x01(\x0e\x32\x1a.metering.v1.ReportOutcome\x12\x0f\n\x07message\x18\x03 \x01(\t\"q\n CompleteUsageRecordReportRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12,\n\x08outcomes\x18\x03 \x03(\x0b\x32\x1a.metering.v1.RecordOutcome\"`\n!CompleteUsageRecordReportResponse\x12;\n\x13usage_record_report\x18\x01 \x01(\x0b\x32\x1e.metering.v1.UsageRecordReport*\xbe\x01\n\x17UsageRecordReportStatus\x12*\n&USAGE_RECORD_REPORT_STATUS_UNSPECIFIED\x10\x00\x12&\n\"USAGE_RECORD_REPORT_STATUS_PENDING\x10\x01\x12(\n$USAGE_RECORD_REPORT_STATUS_SUCCEEDED\x10\x02\x12%\n!USAGE_RECORD_REPORT_STATUS_FAILED\x10\x03*g\n\rReportOutcome\x12\x1e\n\x1aREPORT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17REPORT_OUTCOME_REPORTED\x10\x01\x12\x19\n\x15REPORT_OUTCOME_FAILED\x10\x02\x32\xff\x02\n\x18UsageRecordReportService\x12q\n\x16ListUsageRecordReports\x12*.metering.v1.ListUsageRecordReportsRequest\x1a+.metering.v1.ListUsageRecordReportsResponse\x12t\n\x17LeaseUsageRecordReports\x12+.metering.v1.LeaseUsageRecordReportsRequest\x1a,.metering.v1.LeaseUsageRecordReportsResponse\x12z\n\x19\x43ompleteUsageRecordReport\x12-.metering.v1.CompleteUsageRecordReportRequest\x1a..metering.v1.CompleteUsageRecordReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'metering.v1.usage_record_report_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_USAGERECORDREPORTSTATUS']._serialized_start=1882
-  _globals['_USAGERECORDREPORTSTATUS']._serialized_end=2072
-  _globals['_REPORTOUTCOME']._serialized_start=2074
-  _globals['_REPORTOUTCOME']._serialized_end=2177
+  _globals['_USAGERECORDREPORTSTATUS']._serialized_start=1896
+  _globals['_USAGERECORDREPORTSTATUS']._serialized_end=2086
+  _globals['_REPORTOUTCOME']._serialized_start=2088
+  _globals['_REPORTOUTCOME']._serialized_end=2191
   _globals['_USAGERECORDREPORTRECORD']._serialized_start=151
   _globals['_USAGERECORDREPORTRECORD']._serialized_end=373
   _globals['_USAGERECORDREPORT']._serialized_start=376
   _globals['_USAGERECORDREPORT']._serialized_end=943
   _globals['_LISTUSAGERECORDREPORTSREQUEST']._serialized_start=946
-  _globals['_LISTUSAGERECORDREPORTSREQUEST']._serialized_end=1189
-  _globals['_LISTUSAGERECORDREPORTSRESPONSE']._serialized_start=1191
-  _globals['_LISTUSAGERECORDREPORTSRESPONSE']._serialized_end=1310
-  _globals['_LEASEUSAGERECORDREPORTSREQUEST']._serialized_start=1313
-  _globals['_LEASEUSAGERECORDREPORTSREQUEST']._serialized_end=1477
-  _globals['_LEASEUSAGERECORDREPORTSRESPONSE']._serialized_start=1479
-  _globals['_LEASEUSAGERECORDREPORTSRESPONSE']._serialized_end=1574
-  _globals['_RECORDOUTCOME']._serialized_start=1576
-  _globals['_RECORDOUTCOME']._serialized_end=1666
-  _globals['_COMPLETEUSAGERECORDREPORTREQUEST']._serialized_start=1668
-  _globals['_COMPLETEUSAGERECORDREPORTREQUEST']._serialized_end=1781
-  _globals['_COMPLETEUSAGERECORDREPORTRESPONSE']._serialized_start=1783
-  _globals['_COMPLETEUSAGERECORDREPORTRESPONSE']._serialized_end=1879
-  _globals['_USAGERECORDREPORTSERVICE']._serialized_start=2180
-  _globals['_USAGERECORDREPORTSERVICE']._serialized_end=2563
+  _globals['_LISTUSAGERECORDREPORTSREQUEST']._serialized_end=1203
+  _globals['_LISTUSAGERECORDREPORTSRESPONSE']._serialized_start=1205
+  _globals['_LISTUSAGERECORDREPORTSRESPONSE']._serialized_end=1324
+  _globals['_LEASEUSAGERECORDREPORTSREQUEST']._serialized_start=1327
+  _globals['_LEASEUSAGERECORDREPORTSREQUEST']._serialized_end=1491
+  _globals['_LEASEUSAGERECORDREPORTSRESPONSE']._serialized_start=1493
+  _globals['_LEASEUSAGERECORDREPORTSRESPONSE']._serialized_end=1588
+  _globals['_RECORDOUTCOME']._serialized_start=1590
+  _globals['_RECORDOUTCOME']._serialized_end=1680
+  _globals['_COMPLETEUSAGERECORDREPORTREQUEST']._serialized_start=1682
+  _globals['_COMPLETEUSAGERECORDREPORTREQUEST']._serialized_end=1795
+  _globals['_COMPLETEUSAGERECORDREPORTRESPONSE']._serialized_start=1797
+  _globals['_COMPLETEUSAGERECORDREPORTRESPONSE']._serialized_end=1893
+  _globals['_USAGERECORDREPORTSERVICE']._serialized_start=2194
+  _globals['_USAGERECORDREPORTSERVICE']._serialized_end=2577
 # @@protoc_insertion_point(module_scope)

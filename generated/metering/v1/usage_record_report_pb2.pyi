@@ -230,6 +230,7 @@ class ListUsageRecordReportsRequest(_message.Message):
     END_DATE_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SKIP_FIELD_NUMBER: _builtins.int
     partner: _entitlement_pb2.Partner.ValueType
     """Only reports of this partner."""
     entitlement_id: _builtins.str
@@ -248,6 +249,10 @@ class ListUsageRecordReportsRequest(_message.Message):
     """`next_page_token` of the page before, or empty for the first page. The other fields, `page_size` apart, must be
     those of the first page.
     """
+    skip: _builtins.int
+    """So many rows are passed over before this page begins, from where the token leads. 0..1,000,000. Its cost grows
+    with the number; a token's does not.
+    """
     def __init__(
         self,
         *,
@@ -259,10 +264,11 @@ class ListUsageRecordReportsRequest(_message.Message):
         end_date: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        skip: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buyer_id", b"buyer_id", "end_date", b"end_date", "entitlement_id", b"entitlement_id", "page_size", b"page_size", "page_token", b"page_token", "partner", b"partner", "start_date", b"start_date", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buyer_id", b"buyer_id", "end_date", b"end_date", "entitlement_id", b"entitlement_id", "page_size", b"page_size", "page_token", b"page_token", "partner", b"partner", "skip", b"skip", "start_date", b"start_date", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from service.domain import checks
 from service.domain.customers import YEAR_MAX, YEAR_MIN
 from service.domain.events import instant
+from service.domain.usage import IDS_MAX
 from service.errors import InvalidArgument, Reason, Violation
 
 T = TypeVar("T")
@@ -131,6 +132,24 @@ def new_id(path: str, sent: str, faults: list[Violation]) -> uuid.UUID:
         faults.append(found)
         return uuid.uuid4()
     return found
+
+
+def ids(path: str, sent: Sequence[tuple[str, str]], faults: list[Violation]) -> list[uuid.UUID]:
+    """Read UUIDs that stand at path[i] + suffix; without any, or with a fault, an empty list."""
+    if len(sent) > IDS_MAX:
+        text = f"has {len(sent):,} items; at most {IDS_MAX:,} are allowed"
+        faults.append(Violation(path, Reason.LIMIT_EXCEEDED, text))
+        return []
+    found: dict[uuid.UUID, None] = {}
+    for i, (suffix, text) in enumerate(sent):
+        one = checks.as_uuid(f"{path}[{i}]{suffix}", text)
+        if isinstance(one, Violation):
+            faults.append(one)
+        elif one in found:
+            faults.append(Violation(f"{path}[{i}]{suffix}", Reason.DUPLICATE_ITEM, f"{one} stands twice"))
+        else:
+            found[one] = None
+    return list(found) if len(found) == len(sent) else []
 
 
 def check_mask(paths: Iterable[str], known: Sequence[str]) -> None:

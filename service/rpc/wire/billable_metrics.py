@@ -1,5 +1,7 @@
 """Billable metrics on the wire."""
 
+from typing import Any
+
 from metering.v1 import billable_metric_pb2
 from service.domain import checks, metrics
 from service.errors import Violation
@@ -46,11 +48,21 @@ def new_metric(message: billable_metric_pb2.BillableMetric) -> metrics.BillableM
     return metric
 
 
-def new_metric_name(request: billable_metric_pb2.UpdateBillableMetricRequest) -> str:
-    """Read the new name of an update request; raises InvalidArgument."""
-    check_mask(request.update_mask.paths, ("name",))
-    raise_any([checks.identifier("billable_metric.name", request.billable_metric.name, most=checks.NAME_MAX)])
-    return request.billable_metric.name
+def metric_changes(request: billable_metric_pb2.UpdateBillableMetricRequest) -> dict[str, Any]:
+    """Read which fields an update request sets to what; raises InvalidArgument."""
+    message, path = request.billable_metric, "billable_metric"
+    check_mask(request.update_mask.paths, ("name", "custom_fields"))
+    masked = request.update_mask.paths or ("name",)
+    faults: list[Violation | None] = []
+    changes: dict[str, Any] = {}
+    if "name" in masked:
+        faults.append(checks.identifier(f"{path}.name", message.name, most=checks.NAME_MAX))
+        changes["name"] = message.name
+    if "custom_fields" in masked:
+        faults += checks.custom_fields(f"{path}.custom_fields", message.custom_fields)
+        changes["custom_fields"] = dict(message.custom_fields)
+    raise_any(faults)
+    return changes
 
 
 def metric(value: metrics.BillableMetric) -> billable_metric_pb2.BillableMetric:

@@ -1,11 +1,12 @@
 """Customers on the wire."""
 
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Sequence
 
 from metering.v1 import customer_pb2
 from service.domain import checks, customers
 from service.errors import Reason, Violation
-from service.rpc.wire import check_mask, enum_value, new_id, raise_any, read_date, timestamp
+from service.rpc.wire import check_mask, enum_value, ids, new_id, raise_any, read_date, timestamp
 
 _FREQUENCIES = {
     number: customers.BillingFrequency(name.removeprefix("BILLING_FREQUENCY_"))
@@ -81,6 +82,14 @@ def customer_key_filter(key: str) -> str | None:
         return None
     raise_any([checks.identifier("customer_key", key)])
     return checks.customer_key(key)
+
+
+def customer_ids_filter(sent: Sequence[str]) -> list[uuid.UUID] | None:
+    """Read the optional ids of the customers to list; raises InvalidArgument."""
+    faults: list[Violation] = []
+    found = ids("ids", [("", one) for one in sent], faults)
+    raise_any(faults)
+    return found or None
 
 
 def customer(value: customers.Customer) -> customer_pb2.Customer:

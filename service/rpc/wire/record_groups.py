@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
 from metering.v1 import error_reason_pb2, usage_record_group_pb2
-from service.domain import checks, quantities, record_groups
+from service.domain import checks, pages, quantities, record_groups
 from service.domain.entitlements import ID_MAX
 from service.domain.events import NESTING_MAX, Verdict, instant
 from service.domain.metrics import QUANTITY
@@ -361,9 +361,10 @@ def group_query(
     ]
     meta_info = _meta_filter(request.meta_info, faults) if request.meta_info else None
     days = read_dates(request.start_date, request.end_date, faults, today=now.astimezone(UTC).date())
-    if not 0 <= request.skip <= record_groups.SKIP_MAX:
-        text = f"must be 0..{record_groups.SKIP_MAX:,}; page_token leads anywhere"
-        faults.append(Violation("skip", Reason.FIELD_INVALID, text))
+    try:
+        pages.skip(request.skip)
+    except InvalidArgument as error:
+        faults += error.violations
     raise_any(faults)
     if days is None:  # a fault was raised then; this tells the type checker
         raise AssertionError

@@ -1,7 +1,6 @@
 """Usage queries and windows on the wire."""
 
 import math
-import uuid
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -9,7 +8,7 @@ from metering.v1 import usage_pb2
 from service.domain import checks, metrics, usage
 from service.domain.windows import FaultKind, WindowFault, WindowFaults, Windows, WindowSize, zone_fault
 from service.errors import Reason, Violation
-from service.rpc.wire import enum_value, raise_any, read_instant, timestamp
+from service.rpc.wire import enum_value, ids, raise_any, read_instant, timestamp
 
 _FAULT_REASONS = {
     FaultKind.MISALIGNED: Reason.WINDOW_MISALIGNED,
@@ -31,8 +30,8 @@ def usage_query(request: usage_pb2.ListUsageRequest | usage_pb2.StreamUsageReque
     faults: list[Violation] = []
     size = enum_value("window_size", request.window_size, _WINDOW_SIZES, faults)
     windows = _windows(request, size, faults)
-    customer_ids = _ids("customer_ids", [("", one) for one in request.customer_ids], faults)
-    metric_ids = _ids("billable_metrics", [(".id", one.id) for one in request.billable_metrics], faults)
+    customer_ids = ids("customer_ids", [("", one) for one in request.customer_ids], faults)
+    metric_ids = ids("billable_metrics", [(".id", one.id) for one in request.billable_metrics], faults)
     selectors = []
     for i, (metric_id, one) in enumerate(zip(metric_ids, request.billable_metrics, strict=False)):
         group_by = None
@@ -53,8 +52,8 @@ def grouped_query(
 ) -> usage.GroupedQuery:
     """Read a grouped usage query; raises InvalidArgument."""
     faults: list[Violation] = []
-    ids = [checks.as_uuid(field, getattr(request, field)) for field in ("customer_id", "billable_metric_id")]
-    faults += [one for one in ids if isinstance(one, Violation)]
+    both = [checks.as_uuid(field, getattr(request, field)) for field in ("customer_id", "billable_metric_id")]
+    faults += [one for one in both if isinstance(one, Violation)]
     size = enum_value("window_size", request.window_size, _WINDOW_SIZES, faults)
     windows = None
     given = [field for field in ("starting_on", "ending_before") if request.HasField(field)]
@@ -72,7 +71,7 @@ def grouped_query(
     filters = _filters(request, group_key, faults)
     updated_since = read_instant(request, "updated_since", faults)
     raise_any(faults)
-    customer_id, metric_id = ids
+    customer_id, metric_id = both
     if isinstance(customer_id, Violation) or isinstance(metric_id, Violation) or size is None:
         raise AssertionError  # a fault was raised then; this tells the type checker
     return usage.GroupedQuery(
@@ -206,21 +205,3 @@ def _group_by(path: str, message: usage_pb2.GroupBy, faults: list[Violation]) ->
     else:
         faults += _values(f"{path}.values", message.values)
     return usage.GroupBy(message.key, tuple(message.values))
-
-
-def _ids(path: str, sent: Sequence[tuple[str, str]], faults: list[Violation]) -> list[uuid.UUID]:
-    """Read UUIDs that stand at path[i] + suffix; without any, or with a fault, an empty list."""
-    if len(sent) > usage.IDS_MAX:
-        text = f"has {len(sent):,} items; at most {usage.IDS_MAX:,} are allowed"
-        faults.append(Violation(path, Reason.LIMIT_EXCEEDED, text))
-        return []
-    found: dict[uuid.UUID, None] = {}
-    for i, (suffix, text) in enumerate(sent):
-        one = checks.as_uuid(f"{path}[{i}]{suffix}", text)
-        if isinstance(one, Violation):
-            faults.append(one)
-        elif one in found:
-            faults.append(Violation(f"{path}[{i}]{suffix}", Reason.DUPLICATE_ITEM, f"{one} stands twice"))
-        else:
-            found[one] = None
-    return list(found) if len(found) == len(sent) else []
