@@ -17,12 +17,14 @@ DEFAULT_DATA_DIR = Path.home() / ".local" / "share" / "metering"
 class Config:
     """Settings of one server process.
 
-    `listen` holds `host:port` or `unix:/path` addresses (port 0 = any free one). Without `database_url` an embedded
+    `listen` holds `host:port` or `unix:/path` addresses (port 0 = any free one); `gateway` is where Envoy answers JSON,
+    None = nowhere. Without `database_url` an embedded
     Postgres runs in `data_dir`. `drain` is how long calls in flight may go on after SIGTERM, `stream_stall` how long a
     client may leave a message of a stream untaken.
     """
 
     listen: tuple[str, ...] = (DEFAULT_ADDRESS,)
+    gateway: str | None = None
     database_url: str | None = None
     data_dir: Path = DEFAULT_DATA_DIR
     pg_bin: str | None = None

@@ -13,12 +13,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -26,11 +24,12 @@ from urllib.parse import quote
 
 import asyncpg
 
+from service.child import NO_DIRECTORY, NO_IDENTITY, Identity
+
 _log = logging.getLogger("metering.postgres")
 
 _INSTALLED = Path("/usr/lib/postgresql")
 _OLDEST_MAJOR = 15
-_NOBODY = 65534
 _LOG_LIMIT = 10 * 1024 * 1024
 _SHORT_DIR = "/tmp/metering-"  # noqa: S108 - only ever a prefix for mkdtemp
 _SOCKET_PATH_LIMIT = 100  # sun_path holds 107 bytes on Linux and 103 on macOS
@@ -40,46 +39,6 @@ _LEAVING_WITHIN = 15.0
 _QUIT_WITHIN = 5.0
 _LONGEST_PAUSE = 5.0
 _STABLE_AFTER = 60.0
-_NO_IDENTITY, _NO_DIRECTORY = 81, 82
-
-# Runs between us and Postgres, in place of preexec_fn, which would run Python (and gRPC's fork handlers) in a copy of a
-# process with threads. The order matters: a change of credentials clears the death signal, so the signal comes after
-# it; and an owner that died before that is noticed by the changed parent.
-_LAUNCHER = f"""
-import ctypes, os, signal, sys
-mode, owner, uid, gid, directory, *command = sys.argv[1:]
-libc = ctypes.CDLL(None, use_errno=True)
-signal.pthread_sigmask(signal.SIG_SETMASK, [])
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-try:
-    if mode == "drop":
-        os.setgroups([])
-        os.setgid(int(gid))
-        os.setuid(int(uid))
-    elif mode == "map":
-        uid_map, gid_map = f"{{uid}} {{os.geteuid()}} 1", f"{{gid}} {{os.getegid()}} 1"
-        if libc.unshare(0x10000000):  # CLONE_NEWUSER
-            raise OSError(ctypes.get_errno(), "no user namespace: " + os.strerror(ctypes.get_errno()))
-        for name, text in ("setgroups", "deny"), ("uid_map", uid_map), ("gid_map", gid_map):
-            with open("/proc/self/" + name, "w") as file:
-                file.write(text)
-except OSError as error:
-    print(error, file=sys.stderr)
-    sys.exit({_NO_IDENTITY})
-if sys.platform == "linux":
-    libc.prctl(1, int(signal.SIGINT))  # PR_SET_PDEATHSIG
-    if os.getppid() != int(owner):
-        sys.exit("the owner is gone")
-try:
-    os.chdir(directory)
-except OSError as error:
-    print(error, file=sys.stderr)
-    sys.exit({_NO_DIRECTORY})
-try:
-    os.execv(command[0], command)
-except OSError as error:
-    sys.exit(f"{{command[0]}}: {{error}}")
-"""
 
 _DEFAULTS = {
     "fsync": "on",
@@ -100,26 +59,6 @@ _DEFAULTS = {
 
 class PostgresError(Exception):
     """The embedded Postgres cannot be had; the message says what happened and what to do."""
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """Who Postgres runs as: ourselves (`keep`), another uid (`drop`), or ourselves in a namespace as a uid (`map`)."""
-
-    mode: str
-    uid: int = _NOBODY
-    gid: int = _NOBODY
-
-    def command(self, directory: Path, *command: str | Path) -> list[str]:
-        """The command line that runs `command` in `directory` as this identity, tied to the forking thread's life."""
-        place = [self.mode, str(os.getpid()), str(self.uid), str(self.gid), str(directory)]
-        return [sys.executable, "-I", "-S", "-c", _LAUNCHER, *place, *map(str, command)]
-
-    def own(self, path: Path) -> Path:
-        """Hand over a path that we have just made; other paths are nobody's business."""
-        if self.mode == "drop":
-            os.chown(path, self.uid, self.gid)
-        return path
 
 
 def find_binaries(configured: str | None = None) -> Path:
@@ -347,17 +286,17 @@ class EmbeddedPostgres:
                     "new --data-dir, or choose another --data-dir to start empty."
                 )
 
-    def _choose_identity(self) -> _Identity:
+    def _choose_identity(self) -> Identity:
         if os.geteuid() != 0:
-            return _Identity("keep")
-        choices = [_Identity("drop"), _Identity("map")]
+            return Identity("keep")
+        choices = [Identity("drop"), Identity("map")]
         if (self._cluster / "PG_VERSION").exists():
             owner = self._cluster.stat()
-            choices = [_Identity("drop", owner.st_uid, owner.st_gid) if owner.st_uid else _Identity("map")]
+            choices = [Identity("drop", owner.st_uid, owner.st_gid) if owner.st_uid else Identity("map")]
         reasons = []
         for choice in choices:
             asked = _ask(choice.command(self._root, self._bin / "initdb", "--version"))
-            if asked.returncode not in (0, _NO_IDENTITY, _NO_DIRECTORY):  # the programs are out of its reach
+            if asked.returncode not in (0, NO_IDENTITY, NO_DIRECTORY):  # the programs are out of its reach
                 self._bin = self._copy_binaries()
                 asked = _ask(choice.command(self._root, self._bin / "initdb", "--version"))
             if asked.returncode == 0:
@@ -409,7 +348,7 @@ class EmbeddedPostgres:
     def _create_cluster(self) -> None:
         made = self._identity.own(Path(tempfile.mkdtemp(prefix=f"{self._cluster.name}.init-", dir=self._root)))
         nameless = self._identity.mode == "keep" and not _has_name(os.geteuid())
-        identity = _Identity("map") if nameless else self._identity  # initdb asks for its user's name, the server never
+        identity = Identity("map") if nameless else self._identity  # initdb asks for its user's name, the server never
         options = ["--encoding=UTF8", "--locale=C", "--auth=trust", "--data-checksums", "--no-instructions"]
         options += [] if self._sync else ["--no-sync"]
         _log.info("creating a Postgres %d cluster in %s", self._major, self._cluster)

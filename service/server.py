@@ -49,6 +49,7 @@ from service.auth import Auth
 from service.backfill import Backfill
 from service.config import Config
 from service.database import Database, UnsafeDatabase
+from service.gateway import Gateway, gateway
 from service.ingest import Ingest
 from service.migrations import is_current, upgrade
 from service.postgres import EmbeddedPostgres
@@ -139,7 +140,7 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
     if not await is_current(database.engine):
         raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
     if await auth.is_open():
-        _require_local(config.listen)
+        require_local((*config.listen, *filter(None, [config.gateway])))
     streams, stream_bytes = Streams(config.stream_stall), RequestBytes(config.request_bytes_max)
     unary_bytes = RequestBytes(config.request_bytes_max)
     interceptor = Interceptor(auth, unary_bytes, streams, stream_bytes, DECODERS)
@@ -212,10 +213,11 @@ def _add_services(
     suger_entitlement_pb2_grpc.add_EntitlementServiceServicer_to_server(SugerEntitlements(entitlements), server)
 
 
-async def serve(config: Config, ready: Callable[[list[str]], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. `ready` is called with the addresses once calls are answered.
+async def serve(config: Config, ready: Callable[[list[str], str | None], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
 
-    Without a database URL an embedded Postgres runs as a child of this process. Raises CannotServe, PostgresError.
+    `ready` is called with the addresses, and that of the gateway if there is one, once calls are answered. Without a
+    database URL an embedded Postgres runs as a child of this process. Raises CannotServe, PostgresError, GatewayError.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -224,9 +226,11 @@ async def serve(config: Config, ready: Callable[[list[str]], None]) -> None:
     async with open_database(config) as (database, postgres):
         if config.migrate or config.database_url is None:
             await upgrade(database.engine)
-        async with serving(config, database) as addresses:
-            ready(addresses)
+        async with serving(config, database) as addresses, _gateway(config, addresses[0]) as front:
+            ready(addresses, front.address if front else None)
             while not stop.is_set():
+                if front is not None:
+                    front.check()
                 if postgres is not None:
                     # Raises once the supervisor has given up: an orchestrator can do more about that than we can.
                     postgres.check()
@@ -234,6 +238,18 @@ async def serve(config: Config, ready: Callable[[list[str]], None]) -> None:
                     async with asyncio.timeout(HEALTH_PERIOD_S):
                         await stop.wait()
             log.info("draining", seconds=config.drain.total_seconds())
+
+
+@contextlib.asynccontextmanager
+async def _gateway(config: Config, server: str) -> AsyncIterator[Gateway | None]:
+    """Run the gateway around the block, if one is wanted, in front of the server at this address."""
+    if config.gateway is None:
+        yield None
+        return
+    # A server on all addresses is called on one.
+    upstream = server.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:")  # not bound here
+    async with gateway(config.gateway, upstream, config.drain.total_seconds()) as running:
+        yield running
 
 
 @contextlib.asynccontextmanager
@@ -257,7 +273,8 @@ async def open_database(config: Config) -> AsyncIterator[tuple[Database, Embedde
             await database.close()
 
 
-def _require_local(addresses: Sequence[str]) -> None:
+def require_local(addresses: Sequence[str]) -> None:
+    """Raise CannotServe if a server without credentials could be reached from elsewhere at one of the addresses."""
     for address in addresses:
         if not address.startswith("unix:") and not _is_loopback(address.rpartition(":")[0].strip("[]")):
             raise CannotServe(

@@ -15,6 +15,7 @@ CLIENT_COMMANDS = {
 }
 OPERATOR_COMMANDS = {
     "serve": ("service.cli.operate:serve", "Run the server."),
+    "gateway": ("service.cli.gateway:gateway", "Run Envoy in front of a server, for Metronome's and Suger's SDKs."),
     "migrate": ("service.cli.operate:migrate", "Bring the database to this version's tables."),
     "verify": ("service.cli.operate:verify", "Compare stored aggregates with the raw events."),
     "report": ("service.cli.operate:report", "Make an hour's reports for the cloud marketplaces now."),

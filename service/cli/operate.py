@@ -21,6 +21,7 @@ from service.database import DATABASE_ERRORS, BadDatabaseUrl, Database, UnsafeDa
 from service.domain.events import TimeLimits
 from service.domain.partners import BadRule, Rules, with_changes
 from service.errors import MeteringError, Unavailable
+from service.gateway import GatewayError
 from service.migrations import upgrade
 from service.postgres import PostgresError, running_url
 from service.reporting import last_hour, roll_up_hour
@@ -89,6 +90,12 @@ _partner_rule_option = click.option(
     show_default=True,
     help="host:port or unix:/path; repeatable (several in the variable: divided by blanks). Port 0 = a free one.",
 )
+@click.option(
+    "--gateway",
+    envvar="METERING_GATEWAY",
+    metavar="HOST:PORT",
+    help="Also run Envoy there, which answers Metronome's and Suger's SDKs in JSON (extra `gateway`).",
+)
 @_database_options
 @click.option("--migrate", envvar="METERING_MIGRATE", is_flag=True, help="Run `metering migrate` first.")
 @click.option(
@@ -123,6 +130,12 @@ _partner_rule_option = click.option(
     help="Seconds after which a stream ends whose client does not take the next message.",
 )
 @click.option(
+    "--strict-compat-windows",
+    envvar="METERING_STRICT_COMPAT_WINDOWS",
+    is_flag=True,
+    help="Refuse bounds of Metronome's usage calls that are not those of windows, instead of widening them.",
+)
+@click.option(
     "--allow-unsafe-database",
     envvar="METERING_ALLOW_UNSAFE_DATABASE",
     is_flag=True,
@@ -130,6 +143,7 @@ _partner_rule_option = click.option(
 )
 def serve(
     listen: tuple[str, ...],
+    gateway: str | None,
     database_url: str | None,
     data_dir: Path,
     pg_bin: str | None,
@@ -139,6 +153,7 @@ def serve(
     partner_rule: Rules,
     drain: float,
     stream_stall: float,
+    strict_compat_windows: bool,
     allow_unsafe_database: bool,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C.
@@ -150,6 +165,7 @@ def serve(
     age = None if max_event_age is None else timedelta(hours=max_event_age)
     config = Config(
         listen=listen,
+        gateway=gateway,
         database_url=database_url,
         data_dir=data_dir,
         pg_bin=pg_bin,
@@ -159,10 +175,13 @@ def serve(
         stream_stall=timedelta(seconds=stream_stall),
         time_limits=TimeLimits(ahead=timedelta(hours=max_event_lead), oldest=age),
         partner_rules=partner_rule,
+        strict_compat_windows=strict_compat_windows,
     )
 
-    def ready(addresses: list[str]) -> None:
+    def ready(addresses: list[str], gateway: str | None) -> None:
         click.echo(f"metering is ready on {' '.join(addresses)}")
+        if gateway is not None:
+            click.echo(f"JSON for the SDKs is ready on http://{gateway}")
 
     log_to_stderr(logging.INFO)
     run(run_server(config, ready))
@@ -411,7 +430,7 @@ def run(work: Awaitable[Result]) -> Result:
     except Unavailable as error:
         # The words for callers hide the cause, which is just what an operator needs.
         raise click.ClickException(f"The database cannot be used: {_cause(error)}") from error
-    except (CannotServe, PostgresError, BadDatabaseUrl, UnsafeDatabase, MeteringError) as error:
+    except (CannotServe, GatewayError, PostgresError, BadDatabaseUrl, UnsafeDatabase, MeteringError) as error:
         raise click.ClickException(str(error)) from error
     except DATABASE_ERRORS as error:
         raise click.ClickException(f"The database cannot be used: {_cause(error)}") from error

@@ -1,0 +1,205 @@
+"""Owns the Envoy in front of a server: its configuration, its process from start to drain, and what is known of it."""
+
+import asyncio
+import contextlib
+import importlib.resources
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from service.child import Identity
+
+log = structlog.get_logger("metering.gateway")
+
+DEFAULT_ADDRESS = "127.0.0.1:8080"
+_READY_WITHIN_S = 30.0
+_STOPS_WITHIN_S = 5.0
+_POLL_S = 0.05
+
+
+class GatewayError(Exception):
+    """The gateway cannot run; the text says why and what to do."""
+
+
+class Gateway:
+    """A running Envoy. `address` is where it listens, with its real port."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", home: Path) -> None:
+        """Talk to a started `process` through the socket in its `home`."""
+        self._process = process
+        self._home = home
+        self.address = ""
+
+    def check(self) -> None:
+        """Raise GatewayError if it ended by itself."""
+        if self._process.poll() is not None:
+            raise GatewayError(f"Envoy ended with code {self._process.returncode}: {_tail(self._home)}")
+
+    async def wait_until_ready(self) -> None:
+        """Wait until it takes calls; raises GatewayError if it does not."""
+        try:
+            async with asyncio.timeout(_READY_WITHIN_S):
+                while not await self._ask("GET", "/ready"):
+                    self.check()
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise GatewayError(f"Envoy was not ready within {_READY_WITHIN_S:.0f} s: {_tail(self._home)}") from None
+        statuses = json.loads(await self._ask("GET", "/listeners?format=json"))["listener_statuses"]
+        bound = statuses[0]["local_address"]["socket_address"]
+        host = f"[{bound['address']}]" if ":" in bound["address"] else bound["address"]
+        self.address = f"{host}:{bound['port_value']}"
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new connection, and wait until the calls in flight are answered, but no longer than `seconds`."""
+        await self._ask("POST", "/drain_listeners")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while await self._active():  # noqa: ASYNC110  # there is no event for it
+                    await asyncio.sleep(_POLL_S)
+
+    async def _active(self) -> int:
+        answer = await self._ask("GET", "/stats?format=json&filter=http.gateway.downstream_rq_active")
+        return sum(one["value"] for one in json.loads(answer)["stats"]) if answer else 0
+
+    async def _ask(self, method: str, path: str) -> bytes:
+        """Return what Envoy's admin interface answers; nothing while it does not, or says no."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(_admin(self._home))
+            writer.write(f"{method} {path} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n\r\n".encode())
+            answer = await reader.read()
+            writer.close()
+        except OSError:
+            return b""
+        head, _, body = answer.partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200"):
+            return b""
+        return _unchunked(body) if b"transfer-encoding: chunked" in head.lower() else body
+
+
+@contextlib.asynccontextmanager
+async def gateway(listen: str, upstream: str, drain_s: float) -> AsyncIterator[Gateway]:
+    """Run Envoy while the block runs: it listens on `listen` (host:port) and calls the server at `upstream`.
+
+    At the end it takes no more connections and has `drain_s` seconds to answer calls in flight. Raises GatewayError.
+    """
+    envoy = find_envoy()
+    home = Path(tempfile.mkdtemp(prefix="metering-gateway-"))
+    try:
+        process = _start(envoy, configuration(listen, upstream, home), home)
+        running = Gateway(process, home)
+        try:
+            await running.wait_until_ready()
+            log.info("gateway started", address=running.address, upstream=upstream)
+            yield running
+        finally:
+            if process.poll() is None:
+                await running.drain(drain_s)
+            await _stop(process)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _start(envoy: Path, config: dict[str, Any], home: Path) -> "subprocess.Popen[bytes]":
+    file = home / "envoy.json"
+    file.write_text(json.dumps(config))
+    options = ("-c", file, "--disable-hot-restart", "--concurrency", "1", "-l", "warning")
+    # Not asyncio's: that forks, which gRPC, whose server runs by now, has handlers for. This takes milliseconds.
+    with open(_log(home), "wb") as output:
+        return subprocess.Popen(  # noqa: S603
+            Identity("keep").command(home, envoy, *options),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            # Ctrl-C in a terminal is for us, who then let it drain.
+            start_new_session=True,
+        )
+
+
+async def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_STOPS_WITHIN_S):
+            while process.poll() is None:  # noqa: ASYNC110  # there is no event for it
+                await asyncio.sleep(_POLL_S)
+    process.kill()
+    process.wait()
+
+
+def find_envoy() -> Path:
+    """Return the Envoy of the `gateway` extra, or else one on the PATH; raises GatewayError."""
+    # Looked up, not imported: another package may own the name.
+    spec = importlib.util.find_spec("envoy")
+    places = (
+        [Path(place) / "_bin" / "envoy" for place in (spec.submodule_search_locations or ()) if spec] if spec else []
+    )
+    found = next((place for place in places if os.access(place, os.X_OK)), None) or shutil.which("envoy")
+    if found is None:
+        raise GatewayError("There is no Envoy here. Install one with: pip install 'metering[gateway]'")
+    return Path(found)
+
+
+def configuration(listen: str, upstream: str, home: Path) -> dict[str, Any]:
+    """Return the configuration in deploy/envoy with addresses of its own; raises GatewayError for a bad address."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise GatewayError("PyYAML is missing. Install it with: pip install 'metering[gateway]'") from error
+    config: dict[str, Any] = yaml.safe_load(_template().read_text())
+    listener, cluster = config["static_resources"]["listeners"][0], config["static_resources"]["clusters"][0]
+    listener["address"] = _socket(listen)
+    endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+    if upstream.startswith("unix:"):
+        endpoint["address"] = {"pipe": {"path": str(Path(upstream.removeprefix("unix:")).absolute())}}
+    else:
+        endpoint["address"] = _socket(upstream)
+        cluster["type"] = "STRICT_DNS"  # also takes addresses
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    transcoder = next(one for one in manager["http_filters"] if one["name"].endswith("grpc_json_transcoder"))
+    descriptors = importlib.resources.files("metering") / "descriptors.binpb"
+    transcoder["typed_config"]["proto_descriptor"] = str(descriptors)
+    config["admin"] = {"address": {"pipe": {"path": _admin(home), "mode": 0o600}}}
+    return config
+
+
+def _template() -> Path:
+    packaged = Path(__file__).with_name("envoy.yaml")
+    return packaged if packaged.exists() else Path(__file__).parent.parent / "deploy" / "envoy" / "envoy.yaml"
+
+
+def _socket(address: str) -> dict[str, Any]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:  # the last port
+        raise GatewayError(f"{address!r} is not an address: give host:port.")
+    return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}
+
+
+def _admin(home: Path) -> str:
+    return str(home / "admin.sock")
+
+
+def _unchunked(body: bytes) -> bytes:
+    found = b""
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        length = int(size or b"0", 16)
+        found, body = found + rest[:length], rest[length + 2 :] if length else b""
+    return found
+
+
+def _log(home: Path) -> Path:
+    return home / "envoy.log"
+
+
+def _tail(home: Path) -> str:
+    lines = _log(home).read_text(errors="replace").splitlines()
+    # Addresses in use and the like are told as critical; the rest is noise.
+    told = [line for line in lines if "[critical]" in line or "[error]" in line] or lines[-3:]
+    return " ".join(told)[-500:] or "it said nothing"
