@@ -9,9 +9,9 @@ NOBODY = 65534
 # With these the launcher ends when it could not become whom, or go where, it should.
 NO_IDENTITY, NO_DIRECTORY = 81, 82
 
-# Runs between us and the program, in place of preexec_fn, which would run Python (and gRPC's fork handlers) in a copy of
-# a process with threads. The order matters: a change of credentials clears the death signal, so the signal comes after
-# it; and an owner that died before that is noticed by the changed parent.
+# Runs between us and the program, in place of preexec_fn, which would run Python (and gRPC's fork handlers) in a copy
+# of a process with threads. The order matters: a change of credentials clears the death signal, so the signal comes
+# after it; and an owner that died before that is noticed by the changed parent.
 _LAUNCHER = f"""
 import ctypes, os, signal, sys
 mode, owner, uid, gid, directory, *command = sys.argv[1:]

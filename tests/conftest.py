@@ -37,6 +37,7 @@ from metering.v1 import (
 )
 from service.config import Config
 from service.database import Database
+from service.gateway import GatewayError, find_envoy, gateway
 from service.migrations import upgrade
 from service.postgres import EmbeddedPostgres
 from service.reporting import Reporting
@@ -190,6 +191,24 @@ async def client(database_url: str) -> AsyncIterator[Client]:
     """A client of a server in this process, on a fresh database."""
     async with running_server(database_url) as client:
         yield client
+
+
+@asynccontextmanager
+async def running_gateway(address: str) -> AsyncIterator[str]:
+    """Run Envoy in front of the server at an address and give its base URL; skips where there is no Envoy."""
+    try:
+        find_envoy()
+    except GatewayError as error:
+        pytest.skip(str(error))
+    async with gateway("127.0.0.1:0", address, drain_s=1) as running:
+        yield f"http://{running.address}"
+
+
+@pytest.fixture
+async def base_url(client: Client) -> AsyncIterator[str]:
+    """The base URL of an Envoy in front of `client`'s server. Clients that block must run in a thread."""
+    async with running_gateway(client.address) as url:
+        yield url
 
 
 class Process:
