@@ -1,8 +1,7 @@
 """Writes the stubs, type stubs and descriptor set in generated/ from the .proto files beside this script.
 
 `python protos/generate.py` rewrites them; `--check` writes nothing and fails when they are not what the .proto files
-say, which is how the check command proves them fresh. `--deps` only puts the google/api files, which ours import, where
-buf looks for them.
+say, which is how the check command proves them fresh.
 """
 
 import filecmp
@@ -17,14 +16,14 @@ from grpc_tools import protoc
 
 PROTOS = Path(__file__).parent
 GENERATED = PROTOS.parent / "generated"
-# googleapis-common-protos puts google/api/*.proto and google/rpc/*.proto there.
-GOOGLE = Path(sysconfig.get_paths()["purelib"])
+PACKAGES = ("metering", "compat")
 
 
 def generate(out: Path) -> None:
     """Compile every .proto of this directory into `out`; raises SystemExit when protoc refuses one."""
-    sources = sorted(str(path) for root in ("metering", "compat") for path in (PROTOS / root).rglob("*.proto"))
-    includes = [f"-I{PROTOS}", f"-I{importlib.resources.files('grpc_tools') / '_proto'}", f"-I{GOOGLE}"]
+    sources = sorted(str(path) for root in PACKAGES for path in (PROTOS / root).rglob("*.proto"))
+    google = Path(sysconfig.get_paths()["purelib"])  # googleapis-common-protos puts google/rpc/*.proto there
+    includes = [f"-I{PROTOS}", f"-I{importlib.resources.files('grpc_tools') / '_proto'}", f"-I{google}"]
     stubs = [
         f"--python_out={out}",
         f"--grpc_python_out={out}",
@@ -44,7 +43,7 @@ def generate(out: Path) -> None:
             "google/rpc/error_details.proto",
         ]
     )
-    for package in ("metering", "compat"):
+    for package in PACKAGES:
         (out / package / "py.typed").touch()
 
 
@@ -59,23 +58,12 @@ def _plugins() -> list[str]:
     return [f"--plugin={name}={scripts / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
 
 
-def copy_dependencies() -> None:
-    """Put the files of google/api that ours import into .deps, which is not kept in the repository."""
-    target = PROTOS / ".deps" / "google" / "api"
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("annotations", "http", "httpbody"):
-        shutil.copyfile(GOOGLE / "google" / "api" / f"{name}.proto", target / f"{name}.proto")
-
-
 def _files(root: Path) -> set[Path]:
     return {path.relative_to(root) for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
 
 
 def main(arguments: list[str]) -> None:
     """Generate into generated/, or with --check compare it with a fresh run."""
-    if "--deps" in arguments:
-        copy_dependencies()
-        return
     with tempfile.TemporaryDirectory() as directory:
         fresh = Path(directory)
         generate(fresh)
