@@ -7,6 +7,7 @@ COPY requirements.lock ./
 RUN /opt/metering/bin/pip install --no-cache-dir --require-hashes -r requirements.lock
 COPY pyproject.toml README.md ./
 COPY generated generated
+COPY deploy deploy
 COPY service service
 RUN /opt/metering/bin/pip install --no-cache-dir --no-deps .
 

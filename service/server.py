@@ -112,6 +112,9 @@ _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.server.max_pending_requests_hard_limit", 30_000),
     ("grpc.max_concurrent_streams", 20_000),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    # By default it is chance whether headers of 8 to 16 KiB are taken.
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

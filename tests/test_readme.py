@@ -1,5 +1,6 @@
 """The README's and the docs' commands do what they say: each tested block runs as printed against a real server."""
 
+import json
 import os
 import re
 import shlex
@@ -20,11 +21,13 @@ from conftest import Process, start_server
 from service.cli import main
 from service.domain.partners import DEFAULT_RULES, Partner
 from service.domain.record_reports import Used, lines
+from service.gateway import GatewayError, find_envoy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
 MARKETPLACES = (REPOSITORY / "docs" / "marketplaces.md").read_text()
 PRINTED_ADDRESS = "localhost:50051"
+PRINTED_GATEWAY = "localhost:8080"
 # Where tools that came with this interpreter lie, also when its environment is not activated.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
@@ -45,8 +48,10 @@ def server(database_url: str) -> Iterator[Process]:
     assert process.stop() == 0
 
 
-def run_block(name: str, server: Process, times: int = 1, before: str | None = None, **settings: str) -> str:
-    """Run a block as printed, but for the address; returns what it wrote. Skips if its tool is not installed.
+def run_block(
+    name: str, server: Process, times: int = 1, before: str | None = None, gateway: str = "", **settings: str
+) -> str:
+    """Run a block as printed, but for the addresses; returns what it wrote. Skips if its tool is not installed.
 
     It runs in a directory of its own, which is gone afterwards, with `settings` in its environment; if told so, only
     the lines `before` those words.
@@ -55,8 +60,8 @@ def run_block(name: str, server: Process, times: int = 1, before: str | None = N
     if before is not None:
         assert before in text
         text = text[: text.index(before)]
-    assert PRINTED_ADDRESS in text
-    text = text.replace(PRINTED_ADDRESS, server.address)
+    assert PRINTED_ADDRESS in text or PRINTED_GATEWAY in text
+    text = text.replace(PRINTED_ADDRESS, server.address).replace(PRINTED_GATEWAY, gateway)
     if language == "python":
         command = [sys.executable, "-W", "error", "-c", text]
     else:
@@ -79,7 +84,7 @@ def run_block(name: str, server: Process, times: int = 1, before: str | None = N
 
 def test_every_marked_block_is_run_here() -> None:
     """No block of the README and the docs is marked as tested without a test."""
-    assert set(BLOCKS) == {"grpcurl", "buf", "python", "groups", "reporter"}
+    assert set(BLOCKS) == {"grpcurl", "buf", "python", "groups", "json", "reporter"}
     assert (README + MARKETPLACES).count("<!-- tested:") == len(BLOCKS)
 
 
@@ -114,6 +119,23 @@ def test_python_block(server: Process) -> None:
         "2026-01-01T10:00:00Z 512",
         "2026-01-01T11:00:00Z 1024.5",
     ]
+
+
+def test_json_block(database_url: str) -> None:
+    """With curl through the gateway: an event is stored, and is in the usage of its customer at once."""
+    try:
+        find_envoy()
+    except GatewayError as error:
+        pytest.skip(str(error))
+    server = start_server("--gateway", "127.0.0.1:0", METERING_DATABASE_URL=database_url)
+    try:
+        assert server.process.stdout is not None
+        gateway = server.process.stdout.readline().strip().removeprefix("JSON for the SDKs is ready on http://")
+        run_block("grpcurl", server)
+        answer = json.loads(run_block("json", server, gateway=gateway))
+        assert [(row["value"], row["value_decimal"]) for row in answer["data"]] == [(512, "512"), (0.5, "0.5")]
+    finally:
+        assert server.stop() == 0
 
 
 def test_groups_block(server: Process, database_url: str) -> None:

@@ -24,7 +24,7 @@ from service.errors import Reason, Violation, invalid
 from service.ingest import Batch, Ingest
 from service.rpc.billable_metrics import BillableMetricService
 from service.rpc.compat import (
-    answer,
+    answer_all,
     chosen_id,
     in_their_words,
     json_of,
@@ -177,7 +177,7 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
         stored: list[events.StoredEvent] = []
         token = ""
         with in_their_words(_NAMES):
-            while not stored or token:
+            while True:
                 page = await self._events.SearchEvents(
                     events.SearchEventsRequest(transaction_ids=ids, page_token=token), context
                 )
@@ -198,7 +198,7 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
                     definitions[metric_id] = Struct()
                     definitions[metric_id].update(json_of(_metric(metric)))
         return usage_pb2.SearchEventsResponse(
-            body=answer([json_of(_found_event(one, names, definitions)) for one in stored])
+            body=await answer_all(stored, lambda one: _found_event(one, names, definitions))
         )
 
     def _read_windows(

@@ -4,6 +4,7 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -32,6 +33,7 @@ from service.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from service.rpc.billable_metrics import BillableMetricService
 from service.rpc.compat import (
     answer,
+    answer_all,
     chosen_id,
     in_their_words,
     json_of,
@@ -56,6 +58,8 @@ HOUR = timedelta(hours=1)
 NAME_MIN, NAME_MAX = 4, 50
 DESCRIPTION_MAX = 300
 METRIC_ID_MAX = 36
+# More digits than any amount has: a number of a filter is not written out beyond.
+DIGITS_MAX = 400
 # The note of a metric that holds Suger's description of it.
 DESCRIPTION = "description"
 
@@ -162,9 +166,7 @@ class SugerUsageRecordGroups(usage_record_group_pb2_grpc.UsageRecordGroupService
         sent = await read_array(request.body, usage_record_group_pb2.NewUsageRecordGroup, GROUPS_MAX)
         natives = [_new_group(i, one, one.id or chosen_id(context, "group", i)) for i, one in enumerate(sent)]
         stored = await self._report(natives, context, "groups")
-        return usage_record_group_pb2.BatchCreateUsageRecordGroupsResponse(
-            body=answer(await in_slices(json_of, await in_slices(_group, stored)))
-        )
+        return usage_record_group_pb2.BatchCreateUsageRecordGroupsResponse(body=await answer_all(stored, _group))
 
     async def ReportUsageRecordGroup(
         self, request: usage_record_group_pb2.ReportUsageRecordGroupRequest, context: Context
@@ -300,8 +302,7 @@ class SugerEntitlements(entitlement_pb2_grpc.EntitlementServiceServicer):
         raise_any(faults)
         with in_their_words(_QUERY_NAMES):
             found = await self._entitlements.ListEntitlements(native, context)
-        shown = await in_slices(lambda one: json_of(_entitlement(one)), found.entitlements)
-        return entitlement_pb2.ListEntitlementsResponse(body=answer(shown))
+        return entitlement_pb2.ListEntitlementsResponse(body=await answer_all(found.entitlements, _entitlement))
 
 
 class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceServicer):
@@ -321,7 +322,7 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
             raise invalid("status", Reason.FIELD_INVALID, "must be one of ACTIVE, DELETED")
         found: list[metrics.BillableMetric] = []
         token = ""
-        while not found or token:
+        while True:
             native = metrics.ListBillableMetricsRequest(
                 include_archived=request.status != "ACTIVE", page_size=PAGE_MAX, page_token=token
             )
@@ -333,9 +334,7 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
                 break
         if request.status == "DELETED":
             found = [one for one in found if one.HasField("archive_time")]
-        return billable_metric_pb2.ListBillableMetricsResponse(
-            body=answer(await in_slices(lambda one: json_of(_metric(one)), found))
-        )
+        return billable_metric_pb2.ListBillableMetricsResponse(body=await answer_all(found, _metric))
 
     async def GetBillableMetric(
         self, request: billable_metric_pb2.GetBillableMetricRequest, context: Context
@@ -457,19 +456,37 @@ def _native_filter(sent: str) -> str:
         name, equals, value = sent.partition("=")
         return f"{_NATIVE_NAMES.get(name, name)}{equals}{value}"
     try:
-        wanted = json.loads(sent, parse_float=str, object_pairs_hook=_once)
-    except (ValueError, RecursionError):
+        wanted = json.loads(sent, parse_float=Decimal, parse_constant=_no_number, object_pairs_hook=_once)
+    except (ValueError, ArithmeticError, RecursionError):
         return sent
     found = {_NATIVE_NAMES.get(name, name): value for name, value in wanted.items()}
-    # Amounts and quantities are stored as the strings of their digits.
-    found |= {name: str(found[name]) for name in _AMOUNTS if isinstance(found.get(name), int)}
-    for record in found.get("billable_records") or ():
-        if isinstance(record, dict) and isinstance(record.get("quantity"), int):
-            record["quantity"] = str(record["quantity"])
-    origin = found.get("origin_records")
-    if isinstance(origin, dict):
-        found["origin_records"] = {key: str(one) if isinstance(one, int) else one for key, one in origin.items()}
-    return json.dumps(found, ensure_ascii=False) if len(found) == len(wanted) else sent
+    found |= {name: _digits(found[name]) for name in _AMOUNTS if name in found}
+    if isinstance(origin := found.get("origin_records"), dict):
+        found["origin_records"] = {key: _digits(one) for key, one in origin.items()}
+    if isinstance(records := found.get("billable_records"), list):
+        found["billable_records"] = [_with_digits(one) for one in records]
+    if isinstance(divided := found.get("usage_allocations"), dict):
+        found["usage_allocations"] = {
+            key: {"allocations": [_with_digits(one) for one in parts]} if isinstance(parts, list) else parts
+            for key, parts in divided.items()
+        }
+    return json.dumps(found, ensure_ascii=False, default=str) if len(found) == len(wanted) else sent
+
+
+def _digits(sent: Any) -> Any:
+    """Return an amount or quantity of a filter as it is stored: a number as the string of its digits."""
+    if isinstance(sent, bool) or not isinstance(sent, int | Decimal):
+        return sent
+    number = Decimal(sent)
+    return quantities.plain(number) if abs(number.adjusted()) <= DIGITS_MAX else str(sent)
+
+
+def _with_digits(sent: Any) -> Any:
+    return {**sent, "quantity": _digits(sent["quantity"])} if isinstance(sent, dict) and "quantity" in sent else sent
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -479,13 +496,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _quantity(path: str, sent: Value, faults: list[Violation]) -> str:
-    """Read a number, or a string of its digits; null as nothing."""
+    """Read a number, or a string of its digits; null, like none at all, as nothing."""
     match sent.WhichOneof("kind"):
         case "number_value":
             return quantities.from_double(sent.number_value)
         case "string_value":
             return sent.string_value
-        case "null_value":
+        case "null_value" | None:
             return ""
         case _:
             faults.append(Violation(path, Reason.QUANTITY_INVALID, "must be a number"))
