@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.resources
 import importlib.util
+import ipaddress
 import json
 import os
 import shutil
@@ -22,7 +23,11 @@ log = structlog.get_logger("metering.gateway")
 DEFAULT_ADDRESS = "127.0.0.1:8080"
 _READY_WITHIN_S = 30.0
 _STOPS_WITHIN_S = 5.0
+_ANSWERS_WITHIN_S = 2.0
 _POLL_S = 0.05
+
+
+_FOREIGN = "This gateway listens on loopback, and answers calls to localhost or 127.0.0.1 only."
 
 
 class GatewayError(Exception):
@@ -47,23 +52,33 @@ class Gateway:
         """Wait until it takes calls; raises GatewayError if it does not."""
         try:
             async with asyncio.timeout(_READY_WITHIN_S):
-                while not await self._ask("GET", "/ready"):
+                while not (listeners := await self._listeners()):
                     self.check()
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             raise GatewayError(f"Envoy was not ready within {_READY_WITHIN_S:.0f} s: {_tail(self._home)}") from None
-        statuses = json.loads(await self._ask("GET", "/listeners?format=json"))["listener_statuses"]
-        bound = statuses[0]["local_address"]["socket_address"]
+        bound = listeners[0]["local_address"]["socket_address"]
         host = f"[{bound['address']}]" if ":" in bound["address"] else bound["address"]
         self.address = f"{host}:{bound['port_value']}"
 
     async def drain(self, seconds: float) -> None:
-        """Take no new connection, and wait until the calls in flight are answered, but no longer than `seconds`."""
-        await self._ask("POST", "/drain_listeners")
+        """Take no new connection, and wait until the calls in flight are answered, but no longer than `seconds`.
+
+        Kept connections are told to close with their next answer.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
+                await self._ask("POST", "/drain_listeners?graceful&skip_exit")
                 while await self._active():  # noqa: ASYNC110  # there is no event for it
                     await asyncio.sleep(_POLL_S)
+
+    async def _listeners(self) -> list[dict[str, Any]]:
+        """Return what it listens on, once it takes calls; until then nothing."""
+        if not await self._ask("GET", "/ready"):
+            return []
+        answer = await self._ask("GET", "/listeners?format=json")
+        found: list[dict[str, Any]] = json.loads(answer).get("listener_statuses", []) if answer else []
+        return found
 
     async def _active(self) -> int:
         answer = await self._ask("GET", "/stats?format=json&filter=http.gateway.downstream_rq_active")
@@ -72,11 +87,14 @@ class Gateway:
     async def _ask(self, method: str, path: str) -> bytes:
         """Return what Envoy's admin interface answers; nothing while it does not, or says no."""
         try:
-            reader, writer = await asyncio.open_unix_connection(_admin(self._home))
-            writer.write(f"{method} {path} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n\r\n".encode())
-            answer = await reader.read()
-            writer.close()
-        except OSError:
+            async with asyncio.timeout(_ANSWERS_WITHIN_S):
+                reader, writer = await asyncio.open_unix_connection(_admin(self._home))
+                try:
+                    writer.write(f"{method} {path} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n\r\n".encode())
+                    answer = await reader.read()
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError):
             return b""
         head, _, body = answer.partition(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200"):
@@ -110,7 +128,9 @@ async def gateway(listen: str, upstream: str, drain_s: float) -> AsyncIterator[G
 def _start(envoy: Path, config: dict[str, Any], home: Path) -> "subprocess.Popen[bytes]":
     file = home / "envoy.json"
     file.write_text(json.dumps(config))
-    options = ("-c", file, "--disable-hot-restart", "--concurrency", "1", "-l", "warning")
+    options: tuple[str | Path, ...] = ("-c", file, "--disable-hot-restart", "--concurrency", "1", "-l", "warning")
+    # Told to drain, it asks callers at once to close their connections.
+    options += ("--drain-strategy", "immediate")
     # Not asyncio's: that forks, which gRPC, whose server runs by now, has handlers for. This takes milliseconds.
     with open(_log(home), "wb") as output:
         return subprocess.Popen(  # noqa: S603
@@ -154,14 +174,22 @@ def configuration(listen: str, upstream: str, home: Path) -> dict[str, Any]:
         raise GatewayError("PyYAML is missing. Install it with: pip install 'metering[gateway]'") from error
     config: dict[str, Any] = yaml.safe_load(_template().read_text())
     listener, cluster = config["static_resources"]["listeners"][0], config["static_resources"]["clusters"][0]
-    listener["address"] = _socket(listen)
+    # Envoy listens on addresses only.
+    listener["address"] = _socket(listen.replace("localhost:", "127.0.0.1:", 1))
     endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
     if upstream.startswith("unix:"):
         endpoint["address"] = {"pipe": {"path": str(Path(upstream.removeprefix("unix:")).absolute())}}
     else:
         endpoint["address"] = _socket(upstream)
-        cluster["type"] = "STRICT_DNS"  # also takes addresses
+        # Also takes addresses, and of a name all.
+        cluster |= {"type": "STRICT_DNS", "dns_lookup_family": "ALL"}
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    if is_loopback(listen):
+        # A web page whose name was made to point here is not one of our callers.
+        hosts = manager["route_config"]["virtual_hosts"]
+        hosts[0]["domains"] = sorted({"localhost", "127.0.0.1", "[::1]", listen.rpartition(":")[0]})
+        refused = {"match": {"prefix": "/"}, "direct_response": {"status": 403, "body": {"inline_string": _FOREIGN}}}
+        hosts.append({"name": "foreign", "domains": ["*"], "routes": [refused]})
     transcoder = next(one for one in manager["http_filters"] if one["name"].endswith("grpc_json_transcoder"))
     descriptors = importlib.resources.files("metering") / "descriptors.binpb"
     transcoder["typed_config"]["proto_descriptor"] = str(descriptors)
@@ -172,6 +200,17 @@ def configuration(listen: str, upstream: str, home: Path) -> dict[str, Any]:
 def _template() -> Path:
     packaged = Path(__file__).with_name("envoy.yaml")
     return packaged if packaged.exists() else Path(__file__).parent.parent / "deploy" / "envoy" / "envoy.yaml"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches what listens on an address (host:port)."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _socket(address: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import fcntl
-import ipaddress
 import os
 import signal
 import stat
@@ -49,19 +48,16 @@ from service.auth import Auth
 from service.backfill import Backfill
 from service.config import Config
 from service.database import Database, UnsafeDatabase
-from service.gateway import Gateway, gateway
+from service.gateway import Gateway, gateway, is_loopback
 from service.ingest import Ingest
 from service.migrations import is_current, upgrade
 from service.postgres import EmbeddedPostgres
 from service.reporting import Reporting
 from service.rpc.billable_metrics import BillableMetricService
 from service.rpc.compat.metronome import MetronomeBillableMetrics, MetronomeCustomers, MetronomeUsage
-from service.rpc.compat.suger import (
-    SugerBillableMetrics,
-    SugerEntitlements,
-    SugerUsageRecordGroups,
-    SugerUsageRecordReports,
-)
+from service.rpc.compat.suger import SugerEntitlements, SugerUsageRecordReports
+from service.rpc.compat.suger_billable_metrics import SugerBillableMetrics
+from service.rpc.compat.suger_record_groups import SugerUsageRecordGroups
 from service.rpc.customers import CustomerService
 from service.rpc.entitlements import EntitlementService
 from service.rpc.events import EventService
@@ -122,16 +118,22 @@ _OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
+class Addresses(list[str]):
+    """Where a server listens, with real ports, and the gateway in front of it, if there is one."""
+
+    gateway: Gateway | None = None
+
+
 class CannotServe(Exception):
     """The server cannot start; the text says why and what to do."""
 
 
 @contextlib.asynccontextmanager
-async def serving(config: Config, database: Database) -> AsyncIterator[list[str]]:
-    """Serve `database` on the configured addresses while the block runs, then drain.
+async def serving(config: Config, database: Database) -> AsyncIterator[Addresses]:
+    """Serve `database` on the configured addresses, and the gateway, while the block runs, then drain.
 
-    Yields the addresses with their real ports. Raises CannotServe when an address is taken or not allowed, or the
-    database is not ready for this version.
+    Raises CannotServe when an address is taken or not allowed, or the database is not ready for this version,
+    GatewayError.
     """
     auth, tokens = Auth(database), PageTokens(database)
     ingest, backfill = Ingest(database, config.time_limits), Backfill(database)
@@ -155,19 +157,24 @@ async def serving(config: Config, database: Database) -> AsyncIterator[list[str]
         (*SERVICES, *COMPAT_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
     with contextlib.ExitStack() as addresses:
-        bound = [addresses.enter_context(_listen(server, address)) for address in config.listen]
+        bound = Addresses(addresses.enter_context(_listen(server, address)) for address in config.listen)
         await _set_health(health_servicer, database)
         await server.start()
         work = (backfill.run(), reporting.run(), _watch_health(health_servicer, database))
         tasks = [asyncio.create_task(one) for one in work]
+        front, clock = contextlib.AsyncExitStack(), asyncio.get_running_loop().time
         try:
+            bound.gateway = await front.enter_async_context(_gateway(config, bound[0]))
             yield bound
         finally:
+            ends = clock() + config.drain.total_seconds()
             for task in tasks:
                 task.cancel()
             await health_servicer.enter_graceful_shutdown()
+            # Streams end by themselves now, those that came through the gateway too; it then has nothing to wait for.
             streams.draining.set()
-            await server.stop(config.drain.total_seconds())
+            await front.aclose()
+            await server.stop(max(0.0, ends - clock()))
             await asyncio.gather(*tasks, return_exceptions=True)
             await ingest.close()
 
@@ -216,11 +223,11 @@ def _add_services(
     suger_entitlement_pb2_grpc.add_EntitlementServiceServicer_to_server(SugerEntitlements(entitlements), server)
 
 
-async def serve(config: Config, ready: Callable[[list[str], str | None], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+async def serve(config: Config, ready: Callable[[Addresses], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. `ready` is called with the addresses once calls are answered.
 
-    `ready` is called with the addresses, and that of the gateway if there is one, once calls are answered. Without a
-    database URL an embedded Postgres runs as a child of this process. Raises CannotServe, PostgresError, GatewayError.
+    Without a database URL an embedded Postgres runs as a child of this process. Raises CannotServe, PostgresError,
+    GatewayError.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -229,11 +236,11 @@ async def serve(config: Config, ready: Callable[[list[str], str | None], None]) 
     async with open_database(config) as (database, postgres):
         if config.migrate or config.database_url is None:
             await upgrade(database.engine)
-        async with serving(config, database) as addresses, _gateway(config, addresses[0]) as front:
-            ready(addresses, front.address if front else None)
+        async with serving(config, database) as addresses:
+            ready(addresses)
             while not stop.is_set():
-                if front is not None:
-                    front.check()
+                if addresses.gateway is not None:
+                    addresses.gateway.check()
                 if postgres is not None:
                     # Raises once the supervisor has given up: an orchestrator can do more about that than we can.
                     postgres.check()
@@ -279,21 +286,12 @@ async def open_database(config: Config) -> AsyncIterator[tuple[Database, Embedde
 def require_local(addresses: Sequence[str]) -> None:
     """Raise CannotServe if a server without credentials could be reached from elsewhere at one of the addresses."""
     for address in addresses:
-        if not address.startswith("unix:") and not _is_loopback(address.rpartition(":")[0].strip("[]")):
+        if not address.startswith("unix:") and not is_loopback(address):
             raise CannotServe(
                 f"{address} can be reached from other machines, but no credentials are configured and every caller "
                 "would be an administrator. Either listen on loopback (127.0.0.1:50051) or a unix socket "
                 "(unix:/path), or make an API key first: `metering keys create`."
             )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @contextlib.contextmanager

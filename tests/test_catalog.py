@@ -386,8 +386,8 @@ async def test_metric_limits_are_inclusive(client: Client) -> None:
     assert await get_metric(client, made.id) == sent
 
 
-async def test_a_metric_can_be_renamed_and_nothing_else(client: Client) -> None:
-    """The mask may name `name`, or nothing, which means the same; any other field is refused, and named."""
+async def test_a_metric_can_be_renamed(client: Client) -> None:
+    """The mask may name `name`; a field that is no name and no note is refused, and named."""
     made = await create_metric(client, **WHOLE_METRIC)
     assert (await rename_metric(client, made.id, "One")).name == "One"
     renamed = await rename_metric(client, made.id.upper(), "Two", "name", key="ignored")
@@ -420,6 +420,49 @@ async def test_a_metric_can_be_renamed_and_nothing_else(client: Client) -> None:
         "no such metric": ("NOT_FOUND", "BILLABLE_METRIC_NOT_FOUND", ()),
     }
     assert await get_metric(client, made.id) == renamed
+
+
+async def test_notes_of_a_metric_can_be_replaced(client: Client) -> None:
+    """`custom_fields` is replaced as a whole, alone or with the name; whoever names neither renames only."""
+    made = await create_metric(client, **WHOLE_METRIC)
+
+    async def noted(*paths: str, **fields: Any) -> billable_metric_pb2.BillableMetric:
+        request = billable_metric_pb2.UpdateBillableMetricRequest(
+            billable_metric={"id": made.id, **fields}, update_mask={"paths": paths} if paths else None
+        )
+        return (await client.metrics.UpdateBillableMetric(request)).billable_metric
+
+    expected = billable_metric_pb2.BillableMetric()
+    expected.CopyFrom(made)
+    expected.custom_fields.clear()
+    expected.custom_fields.update({"a": "1", "ä": ""})
+    changed = await noted("custom_fields", name="ignored", key="ignored", custom_fields={"a": "1", "ä": ""})
+    assert changed == expected == await get_metric(client, made.id)
+    expected.name = "Both"
+    expected.custom_fields.clear()
+    expected.custom_fields["b"] = "2"
+    assert await noted("custom_fields", "name", name="Both", custom_fields={"b": "2"}) == expected
+    # Without a mask only a name is meant; notes that are given with it are not lost, nor taken.
+    found = await noted(name="Alone")
+    assert dict(found.custom_fields) == {"b": "2"}
+    assert dict((await noted("custom_fields")).custom_fields) == {}
+    faults = await refusals(
+        {
+            "long": noted("custom_fields", custom_fields={"k" * 1000: "v"}),
+            "NUL": noted("custom_fields", custom_fields={"k": "\0"}),
+            "a part": noted("custom_fields.k", custom_fields={"k": "v"}),
+            "with another": noted("custom_fields", "group_keys", custom_fields={"k": "v"}),
+        }
+    )
+    assert {name: fault[0] for name, fault in faults.items()} == dict.fromkeys(faults, "INVALID_ARGUMENT")
+    assert [fault[2][0].startswith("billable_metric.custom_fields") for fault in faults.values()] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    # A retry of the creation is told what became of it.
+    assert (await create_metric(client, **WHOLE_METRIC, id=made.id)).name == "Alone"
 
 
 async def test_windows_carry_the_name_that_the_metric_has_now(client: Client) -> None:
@@ -768,6 +811,58 @@ async def test_customers_are_listed_by_id(client: Client) -> None:
     assert await list_customers(client, customer_key="alias-2", include_archived=True) == [IDS[2]]
     fault = await fault_of(list_customers(client, customer_key="a\0"))
     assert fault.brief == ("INVALID_ARGUMENT", "FIELD_INVALID", "customer_key")
+
+
+async def test_customers_are_picked_by_id(client: Client) -> None:
+    """`ids` narrows a list to those that exist, in the order of ids, together with the other filters and in pages."""
+    for i in range(4):
+        await create_customer(client, id=IDS[i], name=f"C{i}", ingest_aliases=[f"alias-{i}"])
+    nobody = str(uuid.UUID(int=7))
+    await archive_customer(client, IDS[1])
+    assert await list_customers(client, ids=[IDS[3], IDS[1], IDS[0].upper(), nobody]) == [IDS[0], IDS[3]]
+    assert await list_customers(client, ids=[IDS[1], IDS[0]], include_archived=True) == IDS[:2]
+    assert await list_customers(client, ids=[nobody]) == []
+    assert await list_customers(client, ids=[IDS[0]], customer_key="alias-0") == [IDS[0]]
+    assert await list_customers(client, ids=[IDS[0]], customer_key="alias-2") == []
+    pages, request = [], customer_pb2.ListCustomersRequest(ids=[IDS[3], IDS[0], IDS[2]], page_size=1)
+    while not pages or request.page_token:
+        page = await client.customers.ListCustomers(request)
+        pages.append([one.id for one in page.customers])
+        request.page_token = page.next_page_token
+    assert pages == [[IDS[0]], [IDS[2]], [IDS[3]]]
+    # A token is of the same ids.
+    request = customer_pb2.ListCustomersRequest(ids=[IDS[0], IDS[2]], page_size=1)
+    token = (await client.customers.ListCustomers(request)).next_page_token
+    assert token
+    found = await refusals(
+        {
+            "not a UUID": list_customers(client, ids=[IDS[0], "x"]),
+            "empty": list_customers(client, ids=[""]),
+            "twice": list_customers(client, ids=[IDS[0], IDS[0].upper()]),
+            "too many": list_customers(client, ids=[str(uuid.UUID(int=i)) for i in range(1001)]),
+            "of other ids": list_customers(client, ids=[IDS[0]], page_token=token),
+        }
+    )
+    assert {name: fault[0] for name, fault in found.items()} == dict.fromkeys(found, "INVALID_ARGUMENT")
+    assert found["not a UUID"] == bad("FIELD_INVALID", "ids[1]")
+    assert found["twice"] == bad("DUPLICATE_ITEM", "ids[1]")
+    assert found["too many"][1] == "LIMIT_EXCEEDED"
+    assert found["of other ids"][1] == "PAGE_TOKEN_INVALID"
+    assert await list_customers(client, ids=[str(uuid.UUID(int=i)) for i in range(8, 1008)]) == []
+
+
+async def test_archived_customers_can_be_listed_alone(client: Client) -> None:
+    """`only_archived` lists those that are archived and no others, whatever `include_archived` says."""
+    for i in range(3):
+        await create_customer(client, id=IDS[i], name=f"C{i}", ingest_aliases=[f"alias-{i}"])
+    assert await list_customers(client, only_archived=True) == []
+    await archive_customer(client, IDS[2])
+    await archive_customer(client, IDS[0])
+    for more in ({}, {"include_archived": True}, {"include_archived": False}):
+        assert await list_customers(client, only_archived=True, **more) == [IDS[0], IDS[2]]
+    assert await list_customers(client, only_archived=True, ids=[IDS[1], IDS[2]]) == [IDS[2]]
+    assert await list_customers(client, only_archived=True, customer_key="alias-0") == [IDS[0]]
+    assert await list_customers(client, only_archived=True, customer_key="alias-1") == []
 
 
 # --- Aliases

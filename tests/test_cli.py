@@ -489,7 +489,7 @@ def grouped_rows() -> Play:
     return messages(
         usage_pb2.StreamUsageWithGroupsResponse(
             windows=[group(1, EXACT, region="eu", value="x,y"), group(1, "0", region="", value="\x1b[1m")],
-            resume_token="a",  # noqa: S106 - a place in a list, no secret
+            resume_token="a",
         ),
         then=Refusal(grpc.StatusCode.UNAVAILABLE),
     )
@@ -500,7 +500,7 @@ def more_grouped_rows() -> Play:
     return messages(
         usage_pb2.StreamUsageWithGroupsResponse(
             windows=[group(1, "7", value="ü"), group(2, None)],
-            resume_token="b",  # noqa: S106
+            resume_token="b",
             complete=True,
         )
     )
@@ -575,7 +575,7 @@ def test_groups_are_asked_for_exactly(streams: ScriptedServer) -> None:
         *filters,
         "--omit-empty",
     ]
-    done = messages(usage_pb2.StreamUsageWithGroupsResponse(resume_token="a", complete=True))  # noqa: S106
+    done = messages(usage_pb2.StreamUsageWithGroupsResponse(resume_token="a", complete=True))
     result = streams.run([*command, "--time-zone", "Asia/Kolkata", "--updated-since", "2026-01-02"], done)
     assert (result.exit_code, result.stdout) == (0, "No windows in this range.\n")
     assert streams.calls[0].requests == [
@@ -599,7 +599,7 @@ def test_groups_are_asked_for_exactly(streams: ScriptedServer) -> None:
 
 def test_current_period_needs_no_group_key(streams: ScriptedServer) -> None:
     """--current-period alone asks for the ungrouped rows of the billing period, which have no group columns."""
-    answer = usage_pb2.StreamUsageWithGroupsResponse(windows=[group(1, "5")], resume_token="a", complete=True)  # noqa: S106
+    answer = usage_pb2.StreamUsageWithGroupsResponse(windows=[group(1, "5")], resume_token="a", complete=True)
     command = ["usage", "--window", "none", "--current-period", *PAIR, "--format", "csv"]
     result = streams.run(command, messages(answer))
     assert (result.exit_code, result.stdout.splitlines()[1]) == (
@@ -648,9 +648,9 @@ def stored(transaction_id: str, matched: str = CUSTOMER, **fields: Any) -> event
 def test_search_pages_up_to_its_limit(server: Server) -> None:
     """All criteria go out; pages, an empty one too, are followed up to --limit, and no further than to see if more."""
     answer = in_turn(
-        event_pb2.SearchEventsResponse(events=[stored("t1")], next_page_token="p2"),  # noqa: S106
-        event_pb2.SearchEventsResponse(next_page_token="p3"),  # noqa: S106
-        event_pb2.SearchEventsResponse(events=[stored("t2"), stored("t3")], next_page_token="p4"),  # noqa: S106
+        event_pb2.SearchEventsResponse(events=[stored("t1")], next_page_token="p2"),
+        event_pb2.SearchEventsResponse(next_page_token="p3"),
+        event_pb2.SearchEventsResponse(events=[stored("t2"), stored("t3")], next_page_token="p4"),
     )
     command = ["events", "search", "--customer", "acme", "--type", "call", "--from", "2026-01-01", "--limit", "2"]
     command += ["--to", "2026-01-02T00:00:00+05:30", "--format", "json", "--timeout", "7", "--api-key", "k"]
@@ -711,7 +711,7 @@ def test_bad_criteria_are_found_before_any_call(server: Server, options: list[st
 def test_explain_tells_every_id(server: Server) -> None:
     """Each id is told in the order given, each once, with every metric's outcome; a missing one makes exit code 1."""
     answer = in_turn(
-        event_pb2.SearchEventsResponse(events=[stored("t3", "")], next_page_token="p2"),  # noqa: S106
+        event_pb2.SearchEventsResponse(events=[stored("t3", "")], next_page_token="p2"),
         event_pb2.SearchEventsResponse(events=[stored("t1")]),
     )
     result = server.run(["events", "explain", "t1", "no\x1b[2Jne", "t3", "t1"], SEARCH, answer)
@@ -770,7 +770,7 @@ def test_unmatched_lists_every_key(server: Server) -> None:
         for name in ("a\x1b[2J", "b")
     ]
     pages = [
-        event_pb2.ListUnmatchedCustomerKeysResponse(unmatched_customer_keys=keys[:1], next_page_token="p2"),  # noqa: S106
+        event_pb2.ListUnmatchedCustomerKeysResponse(unmatched_customer_keys=keys[:1], next_page_token="p2"),
         event_pb2.ListUnmatchedCustomerKeysResponse(unmatched_customer_keys=keys[1:]),
     ]
     result = server.run(["events", "unmatched", "--format", "json"], UNMATCHED, in_turn(*pages))

@@ -936,6 +936,32 @@ async def test_filters_narrow_a_list_at_every_page_size(client: Client) -> None:
             assert pages[-1]
 
 
+async def test_skip_passes_over_entitlements(client: Client) -> None:
+    """`skip` leaves out so many, from the beginning or from where the token leads; beyond the end is nothing."""
+    await fill(client)
+    (whole,) = await pages_of_entitlements(client, 1000)
+    assert len(whole) == 12
+    for filters, matching in (
+        ({}, whole),
+        ({"buyer_id": "acme"}, [one for one in whole if one.buyer_id == "acme"]),
+    ):
+        for size, skip in itertools.product((1, 5, 12, 13), (0, 1, 4, 11, 12, 1_000_000)):
+            request = entitlement_pb2.ListEntitlementsRequest(page_size=size, skip=skip, **filters)
+            answer = await client.entitlements.ListEntitlements(request)
+            assert list(answer.entitlements) == matching[skip : skip + size]
+            assert bool(answer.next_page_token) == (skip + size < len(matching))
+            if answer.next_page_token:
+                # A token goes on after the page that gave it, whatever was skipped before it.
+                for more in (0, 2):
+                    request.skip, request.page_token = more, answer.next_page_token
+                    rest = await client.entitlements.ListEntitlements(request)
+                    begin = skip + size + more
+                    assert list(rest.entitlements) == matching[begin : begin + size]
+    for skip in (-1, 1_000_001):
+        fault = await fault_of(listed(client, skip=skip))
+        assert fault.brief == ("INVALID_ARGUMENT", "FIELD_INVALID", "skip")
+
+
 async def test_list_rules(client: Client) -> None:
     """Bad filters, sizes and tokens are refused with what would be right; all bad filters are named."""
     await fill(client)

@@ -18,6 +18,8 @@ from google.protobuf.struct_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from marketplace import sell
 
+from compat.suger.v1 import entitlement_pb2 as suger_entitlement_pb2
+from compat.suger.v1 import entitlement_pb2_grpc as suger_entitlement_pb2_grpc
 from metering.v1 import (
     billable_metric_pb2,
     customer_pb2,
@@ -152,6 +154,7 @@ def test_reasons_are_those_of_the_proto() -> None:
     """The domain's reasons and the proto enum have the same names."""
     names = [name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.keys()]  # noqa: SIM118
     assert set(names) == {"UNSPECIFIED", *(reason.value for reason in Reason)}
+    assert error_reason_pb2.ERROR_REASON_ORGANIZATION_MISMATCH == 82
     assert all(reason.name == reason.value for reason in Reason)
 
 
@@ -190,7 +193,7 @@ GOLDEN: dict[str, tuple[Any, str, str | None]] = {
         usage(billable_metrics=[selector(M, key="other")]), IA, "billable_metrics[0].group_by.key",
     ),
     "DUPLICATE_ITEM": (usage(customer_ids=[C, C]), IA, "customer_ids[1]"),
-    "PAGE_TOKEN_INVALID": (unmatched(page_token="x"), IA, "page_token"),  # noqa: S106 - not a password
+    "PAGE_TOKEN_INVALID": (unmatched(page_token="x"), IA, "page_token"),
     "CUSTOMER_NOT_FOUND": (customer_call("GetCustomer", id=UNKNOWN), NF, None),
     "BILLABLE_METRIC_NOT_FOUND": (metric_call("GetBillableMetric", id=UNKNOWN), NF, None),
     "ID_IN_USE": (customer(id=C, name="other"), AE, None),
@@ -210,7 +213,7 @@ GOLDEN: dict[str, tuple[Any, str, str | None]] = {
     ),
     "USAGE_RECORD_GROUP_NOT_FOUND": (groups("GetUsageRecordGroup", id="nobody's"), NF, None),
     "USAGE_RECORD_REPORT_NOT_FOUND": (
-        reports("CompleteUsageRecordReport", id=UNKNOWN, lease_token="t"), NF, None,  # noqa: S106 - not a password
+        reports("CompleteUsageRecordReport", id=UNKNOWN, lease_token="t"), NF, None,
     ),
     "STATUS_TRANSITION": (
         sale("UpdateEntitlement", entitlement={"id": "ent", "status": "ENTITLEMENT_STATUS_PENDING_START"}),
@@ -244,6 +247,7 @@ ELSEWHERE = {
     "METRIC_BACKFILLING",
     "CREDENTIAL_MISSING",
     "CREDENTIAL_INVALID",
+    "ORGANIZATION_MISMATCH",
     "OVERLOADED",
     "DATABASE_UNAVAILABLE",
     "DEADLINE_TOO_SHORT",
@@ -354,6 +358,27 @@ async def test_credentials(client: Client, database: Database) -> None:
     assert (wrong.brief, wrong.metadata) == (("UNAUTHENTICATED", "CREDENTIAL_INVALID", None), {})
     right = await fault_of(client.usage.ListUsage(request, metadata=[("authorization", f"Bearer {key.text}")]))
     assert right.code == IA
+
+
+async def test_another_organization_is_forbidden(database_url: str, database: Database) -> None:
+    """A request that names another organization than its credential's is PERMISSION_DENIED, before any other fault."""
+    key = new_api_key()
+    async with database.engine.begin() as connection:
+        await organizations.create_api_key(connection, "default", key.id, "test", key.secret_hash)
+    metadata = [("authorization", f"Bearer {key.text}")]
+    async with running_server(database_url) as client:
+        stub = suger_entitlement_pb2_grpc.EntitlementServiceStub(client.channel)
+        for named in ("other", "", "Default", "default "):
+            request = suger_entitlement_pb2.ListEntitlementsRequest(org_id=named, limit=-1)
+            fault = await fault_of(stub.ListEntitlements(request, metadata=metadata))
+            assert (fault.brief, fault.metadata) == (("PERMISSION_DENIED", "ORGANIZATION_MISMATCH", None), {})
+            assert not named or named not in fault.text
+        request = suger_entitlement_pb2.ListEntitlementsRequest(org_id="default", limit=-1)
+        assert (await fault_of(stub.ListEntitlements(request, metadata=metadata))).brief == (
+            IA,
+            "FIELD_INVALID",
+            "limit",
+        )
 
 
 async def test_overload(database_url: str, database: Database) -> None:

@@ -28,7 +28,8 @@ from service.config import Config
 from service.database import POOL_SIZE, Database
 from service.domain import events as domain
 from service.domain.events import TimeLimits
-from service.ingest import Ingest
+from service.errors import InvalidArgument
+from service.ingest import Batch, Ingest
 from service.migrations import upgrade
 from service.postgres import EmbeddedPostgres
 from service.rpc.wire import events as wire
@@ -382,6 +383,36 @@ async def test_all_or_nothing(client: Client, database: Database) -> None:
         assert (await stored_ids(database), await counted(database)) == (before, count), number
         # The id of the event that was whole is free: nothing of the call was kept.
         assert list((await client.ingest(event(f"n{number}"))).verdicts) == [ACCEPTED]
+
+
+async def test_conflicts_may_be_ignored(client: Client, database: Database) -> None:
+    """A whole batch that ignores conflicts stores the rest and tells them; what cannot be stored fails it."""
+    await client.create_metric()
+    await client.ingest(event("a"), event("b"))
+    ingest = Ingest(database, TimeLimits())
+
+    async def send(*events: event_pb2.UsageEvent) -> list[domain.Verdict]:
+        batch = await wire.batch(events, all_or_nothing=True)
+        outcomes = await ingest.ingest("default", Batch(batch.items, True, ignores_conflicts=True))
+        return [one.verdict for one in outcomes]
+
+    try:
+        told = await send(event("a"), other("b"), event("c"), other("c"), event("c"), event("d"))
+        verdict = domain.Verdict
+        expected = [verdict.DUPLICATE, verdict.CONFLICT, verdict.ACCEPTED, verdict.CONFLICT, verdict.DUPLICATE]
+        assert told == [*expected, verdict.ACCEPTED]
+        assert (await stored_ids(database), await counted(database)) == (["a", "b", "c", "d"], 4)
+        for bad in (faulty("e"), ahead("e")):
+            with pytest.raises(InvalidArgument) as caught:
+                await send(other("a"), event("f"), bad)
+            assert caught.value.violations[0].field.startswith("events[2].")
+        assert (await stored_ids(database), await counted(database)) == (["a", "b", "c", "d"], 4)
+        # Without it the same batch is refused as a whole.
+        fault = await fault_of(client.ingest(other("a"), event("f"), all_or_nothing=True))
+        assert fault.code == "ALREADY_EXISTS"
+        assert await stored_ids(database) == ["a", "b", "c", "d"]
+    finally:
+        await ingest.close()
 
 
 async def test_the_first_of_equal_ids_in_a_batch_wins(client: Client, database: Database) -> None:

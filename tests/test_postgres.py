@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from service import postgres
+from service.child import Identity
 from service.postgres import EmbeddedPostgres, PostgresError, find_binaries
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -350,7 +351,7 @@ def test_a_postgres_started_by_hand_is_not_shot(data_dir: Path, monkeypatch: pyt
     """Someone's own postmaster in the cluster makes the start fail with its pid; it lives on."""
     monkeypatch.setattr(postgres, "_LEAVING_WITHIN", 0.3)
     monkeypatch.setattr(postgres, "_ORPHAN_GRACE", 0.0)
-    identity = postgres._Identity("drop") if ROOT else postgres._Identity("keep")
+    identity = Identity("drop") if ROOT else Identity("keep")
     options = ["-c", "listen_addresses=", "-c", f'unix_socket_directories="{cluster(data_dir)}"']
     with made(data_dir) as pg:
         # Where its user can reach it: the installed one may lie in a directory that is closed to others.

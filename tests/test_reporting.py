@@ -1,13 +1,14 @@
 """Claims about the hourly job: it runs by itself, one at a time, over everything that waits, and mends what failed."""
 
 import asyncio
+import itertools
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from conftest import Client, running_server
-from faults import until
+from faults import fault_of, until
 from marketplace import group, lease, reported, roll_up, sell
 
 from metering.v1 import usage_record_report_pb2
@@ -137,6 +138,33 @@ async def test_every_entitlement_is_reached(
     async with database.engine.connect() as connection:
         number = (await connection.execute(sa.select(sa.func.count()).select_from(usage_record_reports))).scalar_one()
     assert number == 7
+
+
+async def test_skip_passes_over_reports(client: Client, database: Database) -> None:
+    """`skip` leaves out so many reports, from the beginning or from where the token leads; beyond the end is none."""
+    names = [f"e{i}" for i in range(5)]
+    for name in names:
+        await sell(client, name)
+    await reported(client, *(group(name, name) for name in names))
+    assert await roll_up(database) == 5
+    whole = await reports(client)
+    assert len(whole) == 5
+    for size, skip in itertools.product((1, 2, 5, 6), (0, 1, 4, 5, 1_000_000)):
+        request = usage_record_report_pb2.ListUsageRecordReportsRequest(page_size=size, skip=skip)
+        answer = await client.reports.ListUsageRecordReports(request)
+        assert list(answer.usage_record_reports) == whole[skip : skip + size]
+        assert bool(answer.next_page_token) == (skip + size < 5)
+        if answer.next_page_token:
+            # A token goes on after the page that gave it, whatever was skipped before it.
+            for more in (0, 1):
+                request.skip, request.page_token = more, answer.next_page_token
+                rest = await client.reports.ListUsageRecordReports(request)
+                begin = skip + size + more
+                assert list(rest.usage_record_reports) == whole[begin : begin + size]
+    assert await reports(client, entitlement_id="e1", skip=1) == []
+    for skip in (-1, 1_000_001):
+        fault = await fault_of(reports(client, skip=skip))
+        assert fault.brief == ("INVALID_ARGUMENT", "FIELD_INVALID", "skip")
 
 
 def test_the_last_hour_is_over() -> None:

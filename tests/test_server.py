@@ -35,7 +35,7 @@ from service.database import Database
 from service.domain.partners import with_changes
 from service.migrations import is_current, upgrade
 from service.postgres import EmbeddedPostgres, running_url
-from service.server import SERVICES, CannotServe, serving
+from service.server import COMPAT_SERVICES, SERVICES, CannotServe, serving
 from service.store import organizations
 from service.store.tables import usage_cells, usage_distinct_values
 
@@ -580,8 +580,9 @@ async def test_reflection_lists_every_service(client: Client) -> None:
 
     answer = await ask(list_services="")
     names = {one.name for one in answer.list_services_response.service}
-    assert names == {*SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-    for name in SERVICES:
+    ours = {*SERVICES, *COMPAT_SERVICES}
+    assert names == {*ours, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    for name in ours:
         found = await ask(file_containing_symbol=name)
         assert found.file_descriptor_response.file_descriptor_proto
 
@@ -610,14 +611,14 @@ async def test_health_tells_the_process_from_its_database(
         async def check(service: str) -> Any:
             return await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
 
-        for service in ("", *SERVICES):
+        for service in ("", *SERVICES, *COMPAT_SERVICES):
             assert await check(service) == up
         assert (await fault_of(check("metering.v1.Nonsense"))).code == "NOT_FOUND"
         async with closed_database(database_url, postgres):
-            for service in SERVICES:
+            for service in (*SERVICES, *COMPAT_SERVICES):
                 await becomes(lambda service=service: check(service), down)
             assert await check("") == up
-        for service in SERVICES:
+        for service in (*SERVICES, *COMPAT_SERVICES):
             await becomes(lambda service=service: check(service), up)
         assert list((await client.ingest(event())).verdicts) == [ACCEPTED]
 
@@ -649,7 +650,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """Let `metering serve` end where the server would start, and say what it was told."""
     found = Recorded()
 
-    async def run_server(config: Config, _ready: Callable[[list[str]], None]) -> None:
+    async def run_server(config: Config, _ready: Callable[[list[str], str | None], None]) -> None:
         found.config, found.loop = config, type(asyncio.get_running_loop())
 
     monkeypatch.setattr(operate, "run_server", run_server)
@@ -662,6 +663,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 
 SETTINGS: list[tuple[str, str, str, Any]] = [
     ("listen", "127.0.0.1:1234 unix:/tmp/x", "", ("127.0.0.1:1234", "unix:/tmp/x")),
+    ("gateway", "127.0.0.1:8080", "127.0.0.1:1", "127.0.0.1:8080"),
     ("database-url", "postgresql://a@b/c", "postgresql://d@e/f", "postgresql://a@b/c"),
     ("data-dir", "/a b", "/c", Path("/a b")),
     ("pg-bin", "/opt/pg/bin", "/else", "/opt/pg/bin"),
@@ -671,6 +673,7 @@ SETTINGS: list[tuple[str, str, str, Any]] = [
     ("stream-stall", "2.5", "7", timedelta(seconds=2.5)),
     ("max-event-age", "48", "1", timedelta(hours=48)),
     ("max-event-lead", "0.5", "1", timedelta(minutes=30)),
+    ("strict-compat-windows", "1", "", True),
     ("partner-rule", "AWS.window_hours=6", "GCP.places=2", with_changes(["AWS.window_hours=6"])),
 ]
 
@@ -712,15 +715,17 @@ def test_no_flag_is_without_a_test() -> None:
 
 
 def test_defaults(recorded: Recorded) -> None:
-    """Without flags: loopback, an embedded Postgres in the home directory, durable, any age, a day ahead."""
+    """Without flags: loopback, no gateway, an embedded Postgres in the home directory, durable, a day ahead."""
     metering("serve")
     assert recorded.config == Config(
         listen=(DEFAULT_ADDRESS,),
+        gateway=None,
         database_url=None,
         data_dir=DEFAULT_DATA_DIR,
         migrate=False,
         allow_unsafe_database=False,
         drain=timedelta(seconds=20),
+        strict_compat_windows=False,
     )
     assert recorded.config.time_limits == (timedelta(hours=24), None)
 

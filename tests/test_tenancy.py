@@ -1,6 +1,7 @@
 """Claims about organizations: whose call it is, and that no call sees, changes, counts or detects another's data."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -15,6 +16,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from marketplace import roll_up
 
+from compat.metronome.v1 import billable_metric_pb2 as metronome_billable_metric_pb2
+from compat.metronome.v1 import customer_pb2 as metronome_customer_pb2
+from compat.metronome.v1 import usage_pb2 as metronome_usage_pb2
+from compat.suger.v1 import billable_metric_pb2 as suger_billable_metric_pb2
+from compat.suger.v1 import entitlement_pb2 as suger_entitlement_pb2
+from compat.suger.v1 import usage_record_group_pb2 as suger_usage_record_group_pb2
+from compat.suger.v1 import usage_record_report_pb2 as suger_usage_record_report_pb2
 from metering.v1 import (
     billable_metric_pb2,
     customer_pb2,
@@ -39,6 +47,7 @@ METRIC, CUSTOMER, BILLED, PRODUCT, ENTITLEMENT, FAILED, WAITING = IDS
 UNKNOWN = "00000000-0000-4000-8000-00000000dead"
 MISSING = ("UNAUTHENTICATED", "CREDENTIAL_MISSING", None)
 REFUSED = ("UNAUTHENTICATED", "CREDENTIAL_INVALID", None)
+MISMATCH = ("PERMISSION_DENIED", "ORGANIZATION_MISMATCH", None)
 MODULES = (
     event_pb2,
     billable_metric_pb2,
@@ -47,13 +56,21 @@ MODULES = (
     entitlement_pb2,
     usage_record_group_pb2,
     usage_record_report_pb2,
+    metronome_usage_pb2,
+    metronome_billable_metric_pb2,
+    metronome_customer_pb2,
+    suger_usage_record_group_pb2,
+    suger_usage_record_report_pb2,
+    suger_billable_metric_pb2,
+    suger_entitlement_pb2,
 )
-METHODS = [
-    method
+# By name; those of the compatible services with theirs before it, such as suger.ListEntitlements.
+METHODS = {
+    ".".join((*module.DESCRIPTOR.package.split(".")[1:-1], method.name)): method
     for module in MODULES
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
-]
+}
 
 
 class Caller(NamedTuple):
@@ -62,6 +79,7 @@ class Caller(NamedTuple):
     client: Client
     key: NewApiKey
     database: Database | None = None
+    organization: str = ""
 
     @property
     def metadata(self) -> list[tuple[str, str]]:
@@ -69,7 +87,9 @@ class Caller(NamedTuple):
         return [("authorization", f"Bearer {self.key.text}")]
 
     async def call(self, method: str, **fields: Any) -> Any:
-        """Call a method by its name, with its request's fields."""
+        """Call a method by its name, with its request's fields, and its organization where the request names one."""
+        if "org_id" in METHODS[method].input_type.fields_by_name:
+            fields = {"org_id": self.organization, **fields}
         return await send(self.client, method, self.metadata, **fields)
 
     async def faulted(self, method: str, **fields: Any) -> Fault:
@@ -82,10 +102,10 @@ def send(
     client: Client, method: str, metadata: Sequence[tuple[str, str]] | None = None, **fields: Any
 ) -> Awaitable[Any]:
     """Call a method by its name."""
-    (descriptor,) = (one for one in METHODS if one.name == method)
+    descriptor = METHODS[method]
     request = message_factory.GetMessageClass(descriptor.input_type)(**fields)
     answer = message_factory.GetMessageClass(descriptor.output_type)
-    path = f"/{descriptor.containing_service.full_name}/{method}"
+    path = f"/{descriptor.containing_service.full_name}/{descriptor.name}"
     coders = path, type(request).SerializeToString, answer.FromString
     if descriptor.client_streaming:
         return _joined(answer(), client.channel.stream_stream(*coders)(iter([request]), metadata=metadata))
@@ -115,7 +135,7 @@ async def both(database_url: str, database: Database) -> AsyncIterator[tuple[Cal
     """Two organizations on one server."""
     keys = [await new_key(database, name) for name in ("one", "two")]
     async with running_server(database_url) as client:
-        yield Caller(client, keys[0], database), Caller(client, keys[1], database)
+        yield Caller(client, keys[0], database, "one"), Caller(client, keys[1], database, "two")
 
 
 def usage_of(**fields: Any) -> dict[str, Any]:
@@ -131,6 +151,17 @@ def usage_of(**fields: Any) -> dict[str, Any]:
 def grouped_of(**fields: Any) -> dict[str, Any]:
     """The fields of a ListUsageWithGroups of one day."""
     return usage_of(**{"customer_id": CUSTOMER, "billable_metric_id": METRIC, **fields})
+
+
+def body(document: Any) -> dict[str, str | bytes]:
+    """The body of a call of a compatible service."""
+    return {"content_type": "application/json", "data": json.dumps(document).encode()}
+
+
+def day_of(**fields: Any) -> dict[str, Any]:
+    """A usage query of Metronome's for one day."""
+    bounds = {"starting_on": START.isoformat(), "ending_before": (START + timedelta(days=1)).isoformat()}
+    return {"body": body({"window_size": "hour", **bounds, **fields})}
 
 
 # Every method, with ids that the caller's organization may or may not have: what is asked of both.
@@ -203,6 +234,38 @@ READS: list[tuple[str, dict[str, Any]]] = [
     ("ListUsageRecordReports", {}),
     ("ListUsageRecordReports", {"entitlement_id": ENTITLEMENT}),
     ("ListUsageRecordReports", {"buyer_id": "b"}),
+    ("metronome.ListUsage", day_of()),
+    (
+        "metronome.ListUsage",
+        day_of(customer_ids=[CUSTOMER], billable_metrics=[{"id": METRIC, "group_by": {"key": "region"}}]),
+    ),
+    (
+        "metronome.ListUsageWithGroups",
+        day_of(customer_id=CUSTOMER, billable_metric_id=METRIC, group_key=["region"]),
+    ),
+    ("metronome.SearchEvents", {"body": body({"transactionIds": ["e0", "e1", "e2", "nobody"]})}),
+    ("metronome.GetBillableMetric", {"billable_metric_id": METRIC}),
+    ("metronome.ListBillableMetrics", {"include_archived": True}),
+    ("metronome.ListCustomerBillableMetrics", {"customer_id": CUSTOMER}),
+    ("metronome.GetCustomer", {"customer_id": CUSTOMER}),
+    ("metronome.ListCustomers", {}),
+    ("metronome.ListCustomers", {"only_archived": True}),
+    ("metronome.ListCustomers", {"ingest_alias": "acme"}),
+    ("metronome.ListCustomers", {"customer_ids": [CUSTOMER]}),
+    ("suger.ListUsageRecordGroups", {}),
+    ("suger.ListUsageRecordGroups", {"entitlement_id": ENTITLEMENT, "meta_info": "source=API"}),
+    (
+        "suger.BatchValidateUsageRecordGroups",
+        {"body": body([{"entitlementID": ENTITLEMENT, "records": {"cpu": 1}}])},
+    ),
+    ("suger.ListUsageRecordReports", {}),
+    ("suger.ListUsageRecordReports", {"entitlement_id": ENTITLEMENT, "buyer_id": "b"}),
+    ("suger.ListBillableMetrics", {}),
+    ("suger.GetBillableMetric", {"billable_metric_id": METRIC}),
+    ("suger.GetBillableMetric", {"billable_metric_id": "sum"}),
+    ("suger.GetEntitlement", {"entitlement_id": ENTITLEMENT}),
+    ("suger.ListEntitlements", {}),
+    ("suger.ListEntitlements", {"product_id": PRODUCT, "buyer_id": "b", "partner": "AWS"}),
 ]
 # They find nothing where others answer NOT_FOUND.
 FINDERS = {
@@ -212,6 +275,11 @@ FINDERS = {
     "BatchValidateUsageRecordGroups",
     "ListUsageRecordGroups",
     "ListUsageRecordReports",
+    "metronome.ListCustomers",
+    "suger.BatchValidateUsageRecordGroups",
+    "suger.ListUsageRecordGroups",
+    "suger.ListUsageRecordReports",
+    "suger.ListEntitlements",
 }
 WRITES: list[tuple[str, dict[str, Any]]] = [
     ("UpdateBillableMetric", {"billable_metric": {"id": METRIC, "name": "renamed"}}),
@@ -234,6 +302,35 @@ WRITES: list[tuple[str, dict[str, Any]]] = [
     ("RetryUsageRecordGroup", {"id": FAILED}),
     ("ArchiveCustomer", {"id": CUSTOMER}),
     ("ArchiveBillableMetric", {"id": METRIC}),
+]
+COMPAT_WRITES: list[tuple[str, dict[str, Any]]] = [
+    ("metronome.UpdateBillableMetric", {"billable_metric_id": METRIC, "body": body({"name": "renamed"})}),
+    ("metronome.SetIngestAliases", {"customer_id": CUSTOMER, "body": body({"ingest_aliases": ["other"]})}),
+    ("metronome.SetName", {"customer_id": CUSTOMER, "body": body({"name": "renamed"})}),
+    ("suger.UpdateBillableMetric", {"billable_metric_id": METRIC, "body": body({"description": "described"})}),
+    ("suger.DeleteUsageRecordGroup", {"usage_record_group_id": WAITING}),
+    ("suger.RetryUsageRecordGroup", {"usage_record_group_id": FAILED}),
+    ("metronome.ArchiveCustomer", {"body": body({"id": CUSTOMER})}),
+    ("metronome.ArchiveBillableMetric", {"body": body({"id": METRIC})}),
+    ("suger.UpdateBillableMetric", {"billable_metric_id": BILLED, "body": body({"status": "DELETED"})}),
+]
+# What makes something new, with the ids that follow from one idempotency key.
+COMPAT_CREATES: list[tuple[str, dict[str, Any]]] = [
+    ("metronome.CreateCustomer", {"body": body({"name": "New", "ingest_aliases": ["new"]})}),
+    ("metronome.CreateBillableMetric", {"body": body({"name": "new", "aggregation_type": "count"})}),
+    ("suger.CreateBillableMetric", {"body": body({"name": "newer", "aggregationType": "COUNT"})}),
+    (
+        "suger.CreateBillableMetric",
+        {"body": body({"id": "named", "name": "named", "aggregationType": "COUNT"})},
+    ),
+    (
+        "suger.ReportUsageRecordGroup",
+        {"entitlement_id": ENTITLEMENT, "body": body({"records": {"cpu": 1}})},
+    ),
+    (
+        "suger.BatchCreateUsageRecordGroups",
+        {"body": body([{"entitlementID": ENTITLEMENT, "records": {"cpu": 2}}])},
+    ),
 ]
 CREATES: list[tuple[str, dict[str, Any]]] = [
     (
@@ -299,9 +396,9 @@ async def fill(caller: Caller, n: int, region: str) -> None:
     await report_group(caller, FAILED, n)
     assert caller.database is not None
     assert await roll_up(caller.database) == 1
-    (report,) = (await caller.call("LeaseUsageRecordReports", lease_token="t")).usage_record_reports  # noqa: S106
+    (report,) = (await caller.call("LeaseUsageRecordReports", lease_token="t")).usage_record_reports
     outcomes = [{"key": "cpu", "outcome": "REPORT_OUTCOME_FAILED", "message": region}]
-    await caller.call("CompleteUsageRecordReport", id=report.id, lease_token="t", outcomes=outcomes)  # noqa: S106
+    await caller.call("CompleteUsageRecordReport", id=report.id, lease_token="t", outcomes=outcomes)
     await report_group(caller, WAITING, n)
 
 
@@ -330,11 +427,17 @@ async def everything(caller: Caller) -> list[Any]:
 
 def test_the_walk_is_whole() -> None:
     """Every method of every service is walked: a new one must be added here."""
-    walked = {method for method, _ in (*READS, *WRITES, *CREATES)}
+    walked = {method for method, _ in (*READS, *WRITES, *CREATES, *COMPAT_WRITES, *COMPAT_CREATES)}
     # These are in `fill`, or in tests of their own.
-    walked |= {"IngestEvents", "StreamEvents"}
+    walked |= {"IngestEvents", "StreamEvents", "metronome.IngestEvents"}
     walked |= {"ReportUsageRecordGroups", "LeaseUsageRecordReports", "CompleteUsageRecordReport"}
-    assert walked == {method.name for method in METHODS}
+    assert walked == set(METHODS)
+    assert len(METHODS) == sum(len(one.methods) for module in MODULES for one in services_of(module))
+
+
+def services_of(module: Any) -> list[Any]:
+    """The services of a generated module."""
+    return list(module.DESCRIPTOR.services_by_name.values())
 
 
 # --- One organization and the other
@@ -348,7 +451,7 @@ async def test_an_empty_organization_stays_empty(both: tuple[Caller, Caller], da
     assert await everything(two) == before
     assert not any("acme" in str(answer).lower() or "north" in str(answer) for answer in before)
     # The other's ids answer exactly like ids that nobody has: code, text, reason and metadata.
-    for method, fields in (*READS, *WRITES):
+    for method, fields in (*READS, *WRITES, *COMPAT_WRITES):
         named = _with(fields, set(IDS), UNKNOWN)
         if named == fields or method in FINDERS:
             continue
@@ -367,6 +470,10 @@ def _with(value: Any, ids: set[str], other: str) -> Any:
     if isinstance(value, list):
         # Named twice, an id would be a fault of another kind.
         return [_with(one, ids, other[: -len(str(i))] + str(i) if i else other) for i, one in enumerate(value)]
+    if isinstance(value, bytes):
+        for known in sorted(ids):
+            value = value.replace(known.encode(), other.encode())
+        return value
     return other if isinstance(value, str) and value in ids else value
 
 
@@ -414,20 +521,30 @@ async def test_tokens_are_of_one_organization(both: tuple[Caller, Caller]) -> No
     one, two = both
     for caller, region in ((one, "north"), (two, "south")):
         await fill(caller, 1, region)
+    refused = set()
     for method, fields in READS:
-        answer = await one.call(method, **{**fields, **({"page_size": 1} if _paged(method) else {})})
-        field = "page_token" if _paged(method) else "resume_token"
-        token = getattr(answer, "next_page_token" if _paged(method) else field, "")
+        field, found, size = _paging(method)
+        answer = await one.call(method, **{**fields, **({size: 1} if size else {})})
+        token = getattr(answer, found, "")
+        token = getattr(token, "string_value", token)
         if not token:
             continue
+        refused.add(method)
         await one.call(method, **fields, **{field: token})
         fault = await two.faulted(method, **fields, **{field: token})
         assert fault.brief == ("INVALID_ARGUMENT", "PAGE_TOKEN_INVALID", field)
+    assert {"ListUsage", "StreamUsage", "ListBillableMetrics"} <= refused
+    assert {"metronome.ListUsageWithGroups", "metronome.ListBillableMetrics"} <= refused
 
 
-def _paged(method: str) -> bool:
-    (descriptor,) = (one for one in METHODS if one.name == method)
-    return "page_token" in descriptor.input_type.fields_by_name
+def _paging(method: str) -> tuple[str, str, str | None]:
+    """The fields of a method's token, in request and answer, and that of the size of a page."""
+    fields = METHODS[method].input_type.fields_by_name
+    if "page_token" in fields:
+        return "page_token", "next_page_token", "page_size"
+    if "next_page" in fields:
+        return "next_page", "next_page", "limit" if "limit" in fields else None
+    return "resume_token", "resume_token", None
 
 
 async def test_what_is_stored_elsewhere_is_not_stored_here(both: tuple[Caller, Caller], database_url: str) -> None:
@@ -443,14 +560,17 @@ async def test_what_is_stored_elsewhere_is_not_stored_here(both: tuple[Caller, C
     ]
 
 
-async def test_changes_touch_only_their_own(both: tuple[Caller, Caller], database: Database) -> None:
+@pytest.mark.parametrize("writes", [WRITES, COMPAT_WRITES], ids=["native", "compatible"])
+async def test_changes_touch_only_their_own(
+    both: tuple[Caller, Caller], database: Database, writes: list[tuple[str, dict[str, Any]]]
+) -> None:
     """Every write of one organization, on ids that both have, leaves all that the other sees as it was."""
     one, two = both
     await fill(one, 1, "north")
     await fill(two, 100, "south")
     rows = await stored(database, "one")
     before = await everything(one)
-    for method, fields in WRITES:
+    for method, fields in writes:
         own = await everything(two)
         await two.call(method, **fields)
         # It did something, and not to the other.
@@ -462,6 +582,73 @@ async def test_changes_touch_only_their_own(both: tuple[Caller, Caller], databas
     await two.call("CreateBillableMetric", billable_metric={"name": "new", "aggregation_type": 1})
     assert await everything(one) == before
     assert await stored(database, "one") == rows
+
+
+async def test_equal_keys_make_other_things(both: tuple[Caller, Caller], database: Database) -> None:
+    """The same calls with the same idempotency keys make different things for two organizations; retries make none."""
+    one, two = both
+    await fill(one, 1, "north")
+    await fill(two, 1, "north")
+    mine, before = await everything(one), await everything(two)
+    answers: list[list[Any]] = []
+    for caller in (one, one, two):
+        answers.append([])
+        for i, (method, fields) in enumerate(COMPAT_CREATES):
+            metadata = [*caller.metadata, ("idempotency-key", f"the same {i}")]
+            named = {"org_id": caller.organization} if method.startswith("suger.") else {}
+            answer = await send(caller.client, method, metadata, **named, **fields)
+            answers[-1] += [answer.body.data if named else answer.data]
+        if caller is one:
+            assert await everything(two) == before
+    first, again, others = answers
+    assert first == again
+    assert not [a for a, b in zip(first, others, strict=True) if a == b]
+    assert await everything(one) != mine
+    assert await everything(two) != before
+    # Ids of events follow from nothing; whether one is stored elsewhere is not told.
+    events = [{"transaction_id": "e0", "customer_id": "acme", "event_type": "x", "timestamp": "2026-01-01T00:00:00Z"}]
+    events.append({**events[0], "transaction_id": "only here"})
+    own = (await one.call("metronome.SearchEvents", body=body({"transactionIds": ["e0", "only here"]}))).body.data
+    for caller in both:
+        request = metronome_usage_pb2.IngestEventsRequest(body=body(events))
+        call = caller.client.channel.unary_unary(
+            "/compat.metronome.v1.UsageService/IngestEvents",
+            request.SerializeToString,
+            metronome_usage_pb2.IngestEventsResponse.FromString,
+        )(request, metadata=caller.metadata)
+        await call
+        # `fill` stored e0 with another content, in each.
+        assert dict(await call.initial_metadata())["x-metering-conflicts"] == "1"
+        if caller is one:
+            found = (await two.call("metronome.SearchEvents", body=body({"transactionIds": ["only here"]}))).body.data
+            assert found == b"[]"
+    assert (await one.call("metronome.SearchEvents", body=body({"transactionIds": ["e0"]}))).body.data in own
+
+
+async def test_naming_another_organization(both: tuple[Caller, Caller]) -> None:
+    """Each method whose request names an organization refuses any but the credential's, whether it exists or not."""
+    one, two = both
+    await fill(one, 1, "north")
+    await fill(two, 1, "north")
+    before = await everything(one)
+    calls = [call for call in (*READS, *COMPAT_WRITES, *COMPAT_CREATES) if call[0].startswith("suger.")]
+    assert {method for method, _ in calls} == {name for name in METHODS if name.startswith("suger.")}
+    for method, fields in calls:
+        theirs = await two.faulted(method, **fields, org_id="one")
+        nobodys = await two.faulted(method, **fields, org_id="nobody")
+        assert theirs == nobodys
+        assert theirs.brief == MISMATCH
+        for named in ("", "ONE", "one/", "one\0"):
+            assert (await two.faulted(method, **fields, org_id=named)).brief == MISMATCH
+    # So do the organizations in bodies.
+    bodies: list[tuple[str, Any]] = [
+        ("suger.BatchValidateUsageRecordGroups", [{"organizationID": "one", "entitlementID": ENTITLEMENT}]),
+        ("suger.BatchCreateUsageRecordGroups", [{"organizationID": "one", "entitlementID": ENTITLEMENT}]),
+        ("suger.CreateBillableMetric", {"organizationId": "one", "name": "name", "aggregationType": "COUNT"}),
+    ]
+    for method, document in bodies:
+        assert (await two.faulted(method, body=body(document))).brief == MISMATCH
+    assert await everything(one) == before
 
 
 async def stored(database: Database, organization: str) -> dict[str, list[Any]]:
@@ -489,7 +676,7 @@ async def test_reports_are_handed_to_their_own_reporters(both: tuple[Caller, Cal
     assert await roll_up(one.database, cell_floor(datetime.now(UTC)) + timedelta(hours=1)) == 2
     leased = {}
     for caller, quantity in ((one, "3"), (two, "201")):
-        answer = await caller.call("LeaseUsageRecordReports", lease_token="both", max_reports=100)  # noqa: S106
+        answer = await caller.call("LeaseUsageRecordReports", lease_token="both", max_reports=100)
         (leased[caller.key.id],) = answer.usage_record_reports
         assert leased[caller.key.id].records[0].quantity == quantity
     outcomes = [{"key": "cpu", "outcome": "REPORT_OUTCOME_REPORTED"}]
@@ -573,13 +760,13 @@ def bad_credentials(key: NewApiKey, other: NewApiKey) -> list[list[tuple[str, st
 async def test_every_method_needs_a_credential(both: tuple[Caller, Caller]) -> None:
     """From the descriptors: each method without, with a malformed and with an unknown key is UNAUTHENTICATED."""
     one, _ = both
-    assert len(METHODS) >= 14
+    assert len(METHODS) >= 60
     for method in METHODS:
-        assert (await fault_of(send(one.client, method.name))).brief == MISSING, method.full_name
+        assert (await fault_of(send(one.client, method))).brief == MISSING, method
         for metadata in ([("authorization", "Bearer x")], [("authorization", f"Bearer {new_api_key().text}")]):
-            assert (await fault_of(send(one.client, method.name, metadata))).brief == REFUSED, method.full_name
+            assert (await fault_of(send(one.client, method, metadata))).brief == REFUSED, method
         # A credential in another header is none.
-        fault = await fault_of(send(one.client, method.name, [("x-api-key", one.key.text)]))
+        fault = await fault_of(send(one.client, method, [("x-api-key", one.key.text)]))
         assert fault.brief == MISSING
 
 
@@ -600,7 +787,8 @@ async def test_a_bad_credential_comes_before_a_bad_request(both: tuple[Caller, C
     """Without a credential nobody learns whether a request is right or an id is taken."""
     one, _ = both
     await fill(one, 1, "north")
-    for method, fields in (*READS, *WRITES, *CREATES, ("IngestEvents", batch(1, "north"))):
+    writes = (*WRITES, *CREATES, *COMPAT_WRITES, *COMPAT_CREATES, ("IngestEvents", batch(1, "north")))
+    for method, fields in (*READS, *writes):
         fault = await fault_of(send(one.client, method, **fields))
         assert fault.brief == MISSING
 
@@ -623,7 +811,7 @@ async def test_health_is_public_and_reflection_is_not(both: tuple[Caller, Caller
 
     assert (await fault_of(services())).brief == MISSING
     assert (await fault_of(services([("authorization", "Bearer x")]))).brief == REFUSED
-    expected = {method.containing_service.full_name for method in METHODS}
+    expected = {method.containing_service.full_name for method in METHODS.values()}
     assert set(await services(one.metadata)) == expected | {"grpc.health.v1.Health", reflection.SERVICE_NAME}
 
 

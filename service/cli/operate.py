@@ -25,7 +25,7 @@ from service.gateway import GatewayError
 from service.migrations import upgrade
 from service.postgres import PostgresError, running_url
 from service.reporting import last_hour, roll_up_hour
-from service.server import CannotServe, open_database
+from service.server import Addresses, CannotServe, open_database
 from service.server import serve as run_server
 from service.store import organizations
 from service.store.organizations import DEFAULT_ORGANIZATION
@@ -178,10 +178,10 @@ def serve(
         strict_compat_windows=strict_compat_windows,
     )
 
-    def ready(addresses: list[str], gateway: str | None) -> None:
+    def ready(addresses: Addresses) -> None:
         click.echo(f"metering is ready on {' '.join(addresses)}")
-        if gateway is not None:
-            click.echo(f"JSON for the SDKs is ready on http://{gateway}")
+        if addresses.gateway is not None:
+            click.echo(f"JSON for the SDKs is ready on http://{addresses.gateway.address}")
 
     log_to_stderr(logging.INFO)
     run(run_server(config, ready))

@@ -1,6 +1,7 @@
 """Metronome's API: what its SDKs send and expect, told in the native RPCs; see protos/compat/metronome."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.struct_pb2 import ListValue, Struct
@@ -24,19 +25,16 @@ from service.errors import Reason, Violation, invalid
 from service.ingest import Batch, Ingest
 from service.rpc.billable_metrics import BillableMetricService
 from service.rpc.compat import (
-    answer_all,
     chosen_id,
     in_their_words,
-    json_of,
     number_or_null,
-    read_array,
     read_choice,
     read_instant,
     read_limit,
-    read_object,
     read_texts,
     text_or_null,
 )
+from service.rpc.compat.bodies import answer_all, json_of, read_array, read_object
 from service.rpc.customers import CustomerService
 from service.rpc.events import EventService
 from service.rpc.interceptor import Context, organization
@@ -49,9 +47,18 @@ LIMIT_DEFAULT = 50
 LIMIT_MAX = 100
 IDS_MAX = 100
 SEARCHED_MAX = 100
+# Of what is found; as JSON it can be twice as much, and Envoy passes 32 MiB on.
+ANSWER_BYTES_MAX = 8 * 1024 * 1024
+# What a JSON number of 32 bits can tell; more is a lot as well.
+SKIPPED_MAX = 2**32 - 1
 CONFLICTS_HEADER = "x-metering-conflicts"
 
-_NAMES = {"page_token": "next_page", "page_size": "limit", "transaction_ids": "transactionIds"}
+_NAMES = {
+    "page_token": "next_page",
+    "page_size": "limit",
+    "next_page_token": "next_page",
+    "transaction_ids": "transactionIds",
+}
 _PREFIXES = ("billable_metric.", "customer.", "events")
 
 
@@ -80,7 +87,7 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
         self, request: usage_pb2.IngestEventsRequest, context: Context
     ) -> usage_pb2.IngestEventsResponse:
         """See usage.proto."""
-        sent = await read_array(request.body, usage_pb2.Event, EVENTS_MAX)
+        sent = await read_array(context, request.body, usage_pb2.Event, EVENTS_MAX)
         faults: list[Violation] = []
         messages = []
         for i, one in enumerate(sent):
@@ -105,7 +112,7 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
 
     async def ListUsage(self, request: usage_pb2.ListUsageRequest, context: Context) -> usage_pb2.ListUsageResponse:
         """See usage.proto."""
-        body = await read_object(request.body, usage_pb2.ListUsageBody)
+        body = await read_object(context, request.body, usage_pb2.ListUsageBody)
         faults: list[Violation] = []
         native = usage.ListUsageRequest(
             customer_ids=body.customer_ids,
@@ -132,7 +139,7 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
         self, request: usage_pb2.ListUsageWithGroupsRequest, context: Context
     ) -> usage_pb2.ListUsageWithGroupsResponse:
         """See usage.proto."""
-        body = await read_object(request.body, usage_pb2.ListUsageWithGroupsBody)
+        body = await read_object(context, request.body, usage_pb2.ListUsageWithGroupsBody)
         faults: list[Violation] = []
         key, filters = list(body.group_key), {}
         for name, values in body.group_filters.items():
@@ -141,6 +148,8 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
         if body.HasField("group_by"):
             if key:
                 faults.append(Violation("group_by", Reason.FIELD_INVALID, "cannot be used together with group_key"))
+            if body.group_by.key in body.group_filters:
+                faults.append(Violation("group_filters", Reason.FIELD_INVALID, "names the key of group_by too"))
             key = [body.group_by.key]
             if body.group_by.values:
                 filters[body.group_by.key] = list(body.group_by.values)
@@ -169,7 +178,7 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
         self, request: usage_pb2.SearchEventsRequest, context: Context
     ) -> usage_pb2.SearchEventsResponse:
         """See usage.proto."""
-        body = await read_object(request.body, usage_pb2.SearchEventsBody)
+        body = await read_object(context, request.body, usage_pb2.SearchEventsBody)
         ids = body.transaction_ids
         if not 1 <= len(ids) <= SEARCHED_MAX:
             text = f"has {len(ids)} items; it must have 1..{SEARCHED_MAX}"
@@ -186,7 +195,9 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
                 if not token:
                     break
         names: dict[str, str] = {}
-        definitions: dict[str, Struct] = {}
+        definitions: dict[str, dict[str, Any]] = {}
+        sizes: dict[str, int] = {}
+        size = 0
         for one in stored:
             if one.matched_customer_id and one.matched_customer_id not in names:
                 asked = customers.GetCustomerRequest(id=one.matched_customer_id)
@@ -195,11 +206,14 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
                 if metric_id not in definitions:
                     wanted = metrics.GetBillableMetricRequest(id=metric_id)
                     metric = (await self._metrics.GetBillableMetric(wanted, context)).billable_metric
-                    definitions[metric_id] = Struct()
-                    definitions[metric_id].update(json_of(_metric(metric)))
-        return usage_pb2.SearchEventsResponse(
-            body=await answer_all(stored, lambda one: _found_event(one, names, definitions))
-        )
+                    definitions[metric_id], sizes[metric_id] = json_of(_metric(metric)), metric.ByteSize()
+                size += sizes[metric_id]
+            size += one.event.ByteSize()
+            if size > ANSWER_BYTES_MAX:
+                text = f"find more than {ANSWER_BYTES_MAX:,} bytes, with the metrics of each event: ask for fewer"
+                raise invalid("transactionIds", Reason.LIMIT_EXCEEDED, text)
+        body = await answer_all(stored, lambda one: _found_event(one, names, definitions))
+        return usage_pb2.SearchEventsResponse(body=body)
 
     def _read_windows(
         self,
@@ -230,7 +244,7 @@ class MetronomeBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceSer
         self, request: billable_metric_pb2.CreateBillableMetricRequest, context: Context
     ) -> billable_metric_pb2.CreateBillableMetricResponse:
         """See billable_metric.proto."""
-        body = await read_object(request.body, billable_metric_pb2.CreateBillableMetricBody)
+        body = await read_object(context, request.body, billable_metric_pb2.CreateBillableMetricBody)
         faults: list[Violation] = []
         if body.sql:
             faults.append(Violation("sql", Reason.FIELD_INVALID, "is not supported: give an aggregation_type instead"))
@@ -241,7 +255,7 @@ class MetronomeBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceSer
         ]
         raise_any(faults)
         metric = metrics.BillableMetric(
-            id=chosen_id(context, "metric"),
+            id=chosen_id(context, "metronome metric"),
             name=body.name,
             aggregation_type=aggregation,
             aggregation_key=body.aggregation_key,
@@ -289,7 +303,7 @@ class MetronomeBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceSer
         self, request: billable_metric_pb2.UpdateBillableMetricRequest, context: Context
     ) -> billable_metric_pb2.UpdateBillableMetricResponse:
         """See billable_metric.proto."""
-        body = await read_object(request.body, billable_metric_pb2.NameBody)
+        body = await read_object(context, request.body, billable_metric_pb2.NameBody)
         metric = metrics.BillableMetric(id=request.billable_metric_id, name=body.name)
         with in_their_words({"id": "billable_metric_id"}, _PREFIXES):
             await self._metrics.UpdateBillableMetric(
@@ -302,7 +316,7 @@ class MetronomeBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceSer
         self, request: billable_metric_pb2.ArchiveBillableMetricRequest, context: Context
     ) -> billable_metric_pb2.ArchiveBillableMetricResponse:
         """See billable_metric.proto."""
-        body = await read_object(request.body, billable_metric_pb2.Id)
+        body = await read_object(context, request.body, billable_metric_pb2.Id)
         await self._metrics.ArchiveBillableMetric(metrics.ArchiveBillableMetricRequest(id=body.id), context)
         return billable_metric_pb2.ArchiveBillableMetricResponse(data=body)
 
@@ -343,10 +357,10 @@ class MetronomeCustomers(customer_pb2_grpc.CustomerServiceServicer):
         self, request: customer_pb2.CreateCustomerRequest, context: Context
     ) -> customer_pb2.CreateCustomerResponse:
         """See customer.proto."""
-        body = await read_object(request.body, customer_pb2.CreateCustomerBody)
+        body = await read_object(context, request.body, customer_pb2.CreateCustomerBody)
         aliases = [one for one in body.ingest_aliases if one != body.external_id]
         customer = customers.Customer(
-            id=chosen_id(context, "customer"),
+            id=chosen_id(context, "metronome customer"),
             name=body.name[:NAME_MAX],
             ingest_aliases=[body.external_id, *aliases] if body.external_id else aliases,
             custom_fields=body.custom_fields,
@@ -391,7 +405,7 @@ class MetronomeCustomers(customer_pb2_grpc.CustomerServiceServicer):
         self, request: customer_pb2.ArchiveCustomerRequest, context: Context
     ) -> customer_pb2.ArchiveCustomerResponse:
         """See customer.proto."""
-        body = await read_object(request.body, billable_metric_pb2.Id)
+        body = await read_object(context, request.body, billable_metric_pb2.Id)
         await self._customers.ArchiveCustomer(customers.ArchiveCustomerRequest(id=body.id), context)
         return customer_pb2.ArchiveCustomerResponse(data=body)
 
@@ -399,7 +413,7 @@ class MetronomeCustomers(customer_pb2_grpc.CustomerServiceServicer):
         self, request: customer_pb2.SetIngestAliasesRequest, context: Context
     ) -> customer_pb2.SetIngestAliasesResponse:
         """See customer.proto."""
-        body = await read_object(request.body, customer_pb2.IngestAliasesBody)
+        body = await read_object(context, request.body, customer_pb2.IngestAliasesBody, required=("ingest_aliases",))
         native = customers.SetIngestAliasesRequest(id=request.customer_id, ingest_aliases=body.ingest_aliases)
         with in_their_words({"id": "customer_id"}):
             await self._customers.SetIngestAliases(native, context)
@@ -407,7 +421,7 @@ class MetronomeCustomers(customer_pb2_grpc.CustomerServiceServicer):
 
     async def SetName(self, request: customer_pb2.SetNameRequest, context: Context) -> customer_pb2.SetNameResponse:
         """See customer.proto."""
-        body = await read_object(request.body, billable_metric_pb2.NameBody)
+        body = await read_object(context, request.body, billable_metric_pb2.NameBody)
         customer = customers.Customer(id=request.customer_id, name=body.name[:NAME_MAX])
         with in_their_words({"id": "customer_id"}, _PREFIXES):
             changed = await self._customers.UpdateCustomer(
@@ -433,6 +447,7 @@ def _aggregate(window: usage.UsageWindow, request: usage.ListUsageRequest) -> us
         groups=groups,
         value_decimal=value,
         groups_decimal=groups_decimal,
+        skipped_count=min(window.skipped_count, SKIPPED_MAX),
     )
 
 
@@ -450,6 +465,7 @@ def _grouped_aggregate(window: usage.GroupedUsageWindow, key: Sequence[str]) -> 
         value=number_or_null(value),
         group=group,
         value_decimal=value,
+        skipped_count=min(window.skipped_count, SKIPPED_MAX),
     )
     if simple is not None and simple in window.group:
         # Not text_or_null: an empty value is a group of its own.
@@ -458,15 +474,16 @@ def _grouped_aggregate(window: usage.GroupedUsageWindow, key: Sequence[str]) -> 
 
 
 def _matched(event: events.StoredEvent) -> list[str]:
-    """Return the ids of the metrics whose rules an event meets."""
-    return [one.billable_metric_id for one in event.metrics if one.outcome != events.METRIC_OUTCOME_NOT_MATCHED]
+    """Return the ids of the metrics that count an event, or will."""
+    counted = {events.METRIC_OUTCOME_COUNTED, events.METRIC_OUTCOME_PENDING}
+    return [one.billable_metric_id for one in event.metrics if one.outcome in counted]
 
 
 def _found_event(
-    stored: events.StoredEvent, names: dict[str, str], definitions: dict[str, Struct]
-) -> usage_pb2.FoundEvent:
+    stored: events.StoredEvent, names: Mapping[str, str], definitions: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
     event, customer_id = stored.event, stored.matched_customer_id
-    return usage_pb2.FoundEvent(
+    found = usage_pb2.FoundEvent(
         id=event.transaction_id,
         transaction_id=event.transaction_id,
         customer_id=event.customer_id,
@@ -475,8 +492,9 @@ def _found_event(
         properties=event.properties,
         processed_at=stored.ingest_time,
         matched_customer=usage_pb2.MatchedCustomer(id=customer_id, name=names[customer_id]) if customer_id else None,
-        matched_billable_metrics=[definitions[one] for one in _matched(stored)],
     )
+    # Written once and shown with each event: definitions can be large.
+    return json_of(found) | {"matched_billable_metrics": [definitions[one] for one in _matched(stored)]}
 
 
 def _metric(metric: metrics.BillableMetric) -> billable_metric_pb2.BillableMetric:

@@ -48,7 +48,7 @@ _STATE_NUMBERS = {
 }
 
 # The fields of meta_info that are stored as they are given, by what they hold.
-_TEXTS = (
+META_TEXTS = (
     "lago_subscription_id",
     "metronome_invoice_id",
     "stripe_invoice_id",
@@ -56,18 +56,18 @@ _TEXTS = (
     "stripe_usage_record_summary_id",
     "erp_invoice_id",
 )
-_AMOUNTS = (
+META_AMOUNTS = (
     "lago_amount",
     "metronome_daily_cost_amount",
     "metronome_monthly_invoice_amount",
     "metronome_monthly_invoice_amount_adjusted",
     "metronome_invoice_credit_back_amount",
 )
-_TIMES = ("lago_usage_start_time", "stripe_period_start_time", "stripe_period_end_time")
+META_TIMES = ("lago_usage_start_time", "stripe_period_start_time", "stripe_period_end_time")
 _FLAGS = ("metronome_invoice_credit_back",)
 _NUMBERS = ("stripe_usage_record_summary_total_usage",)
 # Those that a filter can name with `name=value`, and those that only a JSON object can hold.
-_SCALARS = ("source", "timestamp", "skip_validation", *_TEXTS, *_AMOUNTS, *_TIMES, *_FLAGS, *_NUMBERS)
+_SCALARS = ("source", "timestamp", "skip_validation", *META_TEXTS, *META_AMOUNTS, *META_TIMES, *_FLAGS, *_NUMBERS)
 _META_FIELDS = (*_SCALARS, "billable_records", "origin_records", "usage_allocations")
 
 _AMOUNT = re.compile(r"-?[0-9]{1,38}(\.[0-9]{1,18})?", re.ASCII)
@@ -298,18 +298,18 @@ def _allocations(
 def _meta(message: usage_record_group_pb2.UsageRecordGroupMetaInfo, faults: list[Violation]) -> dict[str, Any]:
     """Read the fields that are stored as they are given, those that are set."""
     found: dict[str, Any] = {}
-    for name in _TEXTS:
+    for name in META_TEXTS:
         if sent := getattr(message, name):
             if fault := checks.text(f"meta_info.{name}", sent):
                 faults.append(fault)
             found[name] = sent
-    for name in _AMOUNTS:
+    for name in META_AMOUNTS:
         if sent := getattr(message, name):
             if not _is_amount(sent):
                 text = "must be a plain decimal such as 12.50, of at most 38 digits, 18 of them after the point"
                 faults.append(Violation(f"meta_info.{name}", Reason.FIELD_INVALID, text))
             found[name] = sent
-    for name in _TIMES:
+    for name in META_TIMES:
         if at := _instant(name, message, faults, f"meta_info.{name}"):
             found[name] = record_groups.instant_text(at)
     found |= {name: sent for name in (*_FLAGS, *_NUMBERS) if (sent := getattr(message, name))}
@@ -541,8 +541,8 @@ def _meta_info(stored: Mapping[str, Any]) -> usage_record_group_pb2.UsageRecordG
         timestamp=_time(stored["timestamp"]),
         skip_validation=stored.get("skip_validation", False),
         origin_records=stored.get("origin_records", {}),
-        **{name: stored[name] for name in (*_TEXTS, *_AMOUNTS, *_FLAGS, *_NUMBERS) if name in stored},
-        **{name: _time(stored[name]) for name in _TIMES if name in stored},
+        **{name: stored[name] for name in (*META_TEXTS, *META_AMOUNTS, *_FLAGS, *_NUMBERS) if name in stored},
+        **{name: _time(stored[name]) for name in META_TIMES if name in stored},
     )
     for one in stored.get("billable_records", ()):
         record = meta.billable_records.add(key=one["key"], quantity=one["quantity"])

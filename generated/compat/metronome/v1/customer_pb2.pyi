@@ -251,7 +251,7 @@ class CreateCustomerBody(_message.Message):
     name: _builtins.str
     """Required; cut to 160 characters."""
     external_id: _builtins.str
-    """Deprecated by Metronome: one more alias, put first."""
+    """Deprecated by Metronome: one more alias."""
     @_builtins.property
     def ingest_aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """At most 2,000 ids, each 1..128 characters, that no other customer has."""

@@ -280,6 +280,7 @@ class UsageAggregate(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     VALUE_DECIMAL_FIELD_NUMBER: _builtins.int
     GROUPS_DECIMAL_FIELD_NUMBER: _builtins.int
+    SKIPPED_COUNT_FIELD_NUMBER: _builtins.int
     customer_id: _builtins.str
     """The customer's UUID."""
     billable_metric_id: _builtins.str
@@ -288,6 +289,8 @@ class UsageAggregate(_message.Message):
     """The metric's name."""
     value_decimal: _builtins.str
     """`value` as an exact decimal; absent without usage."""
+    skipped_count: _builtins.int
+    """Not of Metronome: events that meet the metric's rules, but whose value it cannot aggregate."""
     @_builtins.property
     def start_timestamp(self) -> _timestamp_pb2.Timestamp:
         """Inclusive."""
@@ -320,10 +323,11 @@ class UsageAggregate(_message.Message):
         groups: _struct_pb2.Struct | None = ...,
         value_decimal: _builtins.str | None = ...,
         groups_decimal: _struct_pb2.Struct | None = ...,
+        skipped_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_value_decimal", b"_value_decimal", "end_timestamp", b"end_timestamp", "groups", b"groups", "groups_decimal", b"groups_decimal", "start_timestamp", b"start_timestamp", "value", b"value", "value_decimal", b"value_decimal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_value_decimal", b"_value_decimal", "billable_metric_id", b"billable_metric_id", "billable_metric_name", b"billable_metric_name", "customer_id", b"customer_id", "end_timestamp", b"end_timestamp", "groups", b"groups", "groups_decimal", b"groups_decimal", "start_timestamp", b"start_timestamp", "value", b"value", "value_decimal", b"value_decimal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_value_decimal", b"_value_decimal", "billable_metric_id", b"billable_metric_id", "billable_metric_name", b"billable_metric_name", "customer_id", b"customer_id", "end_timestamp", b"end_timestamp", "groups", b"groups", "groups_decimal", b"groups_decimal", "skipped_count", b"skipped_count", "start_timestamp", b"start_timestamp", "value", b"value", "value_decimal", b"value_decimal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__value_decimal: _TypeAlias = _typing.Literal["value_decimal"]  # noqa: Y015
     _WhichOneofArgType__value_decimal: _TypeAlias = _typing.Literal["_value_decimal", b"_value_decimal"]  # noqa: Y015
@@ -489,8 +493,11 @@ class GroupedUsageAggregate(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     VALUE_DECIMAL_FIELD_NUMBER: _builtins.int
+    SKIPPED_COUNT_FIELD_NUMBER: _builtins.int
     value_decimal: _builtins.str
     """`value` as an exact decimal; absent without usage."""
+    skipped_count: _builtins.int
+    """Not of Metronome: events that meet the metric's rules, but whose value it cannot aggregate."""
     @_builtins.property
     def starting_on(self) -> _timestamp_pb2.Timestamp:
         """Inclusive."""
@@ -525,10 +532,11 @@ class GroupedUsageAggregate(_message.Message):
         value: _struct_pb2.Value | None = ...,
         group: _struct_pb2.Struct | None = ...,
         value_decimal: _builtins.str | None = ...,
+        skipped_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_value_decimal", b"_value_decimal", "ending_before", b"ending_before", "group", b"group", "group_key", b"group_key", "group_value", b"group_value", "starting_on", b"starting_on", "value", b"value", "value_decimal", b"value_decimal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_value_decimal", b"_value_decimal", "ending_before", b"ending_before", "group", b"group", "group_key", b"group_key", "group_value", b"group_value", "starting_on", b"starting_on", "value", b"value", "value_decimal", b"value_decimal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_value_decimal", b"_value_decimal", "ending_before", b"ending_before", "group", b"group", "group_key", b"group_key", "group_value", b"group_value", "skipped_count", b"skipped_count", "starting_on", b"starting_on", "value", b"value", "value_decimal", b"value_decimal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__value_decimal: _TypeAlias = _typing.Literal["value_decimal"]  # noqa: Y015
     _WhichOneofArgType__value_decimal: _TypeAlias = _typing.Literal["_value_decimal", b"_value_decimal"]  # noqa: Y015
@@ -652,7 +660,7 @@ class FoundEvent(_message.Message):
 
     @_builtins.property
     def matched_billable_metrics(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Struct]:
-        """The metrics whose rules it meets, in the form of BillableMetric."""
+        """The metrics that count it, in the form of BillableMetric."""
 
     def __init__(
         self,

@@ -100,27 +100,23 @@ class ListUsageRecordGroupsResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    USAGE_RECORD_GROUPS_FIELD_NUMBER: _builtins.int
-    NEXT_OFFSET_FIELD_NUMBER: _builtins.int
-    next_offset: _builtins.int
-    """The `offset` of the next page; absent on the last one. A page may have fewer groups than `limit`."""
+    BODY_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def usage_record_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageRecordGroup]:
-        """The latest first."""
+    def body(self) -> _httpbody_pb2.HttpBody:
+        """A JSON object: `usageRecordGroups`, an array of UsageRecordGroup, the latest first; and `nextOffset`, the `offset` of
+        the next page, absent on the last one. A page may have fewer groups than `limit`.
+        """
 
     def __init__(
         self,
         *,
-        usage_record_groups: _abc.Iterable[Global___UsageRecordGroup] | None = ...,
-        next_offset: _builtins.int | None = ...,
+        body: _httpbody_pb2.HttpBody | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_offset", b"_next_offset", "next_offset", b"next_offset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_offset", b"_next_offset", "next_offset", b"next_offset", "usage_record_groups", b"usage_record_groups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__next_offset: _TypeAlias = _typing.Literal["next_offset"]  # noqa: Y015
-    _WhichOneofArgType__next_offset: _TypeAlias = _typing.Literal["_next_offset", b"_next_offset"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__next_offset) -> _WhichOneofReturnType__next_offset | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListUsageRecordGroupsResponse: _TypeAlias = ListUsageRecordGroupsResponse  # noqa: Y015
 
@@ -408,7 +404,9 @@ class MetaInfo(_message.Message):
 
     @_builtins.property
     def usage_allocations(self) -> _struct_pb2.Struct:
-        """AWS only: tagged parts of quantities, `{key: [{quantity, tags: [{key, value}]}]}`; absent if there are none."""
+        """AWS only: tagged parts of quantities, `{key: [{quantity, quantityDecimal, tags: [{key, value}]}]}`; absent if there
+        are none.
+        """
 
     @_builtins.property
     def amounts_decimal(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:

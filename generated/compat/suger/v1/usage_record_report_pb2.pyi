@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ListUsageRecordReportsRequest(_message.Message):
-    """A call of GET usageRecordReport. At most one of partner, buyerId and entitlementId."""
+    """A call of GET usageRecordReport. All that is given must hold."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
