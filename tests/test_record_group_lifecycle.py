@@ -1285,7 +1285,7 @@ async def test_faulty_completions(client: Client, database: Database, hours: Ite
         "long reason": ([{**failed, "message": "x" * 257}], ("outcomes[0].message",)),
     }
     for name, (outcomes, fields) in cases.items():
-        request = report_pb2.CompleteUsageRecordReportRequest(id=one.id, lease_token="mine", outcomes=outcomes)  # noqa: S106
+        request = report_pb2.CompleteUsageRecordReportRequest(id=one.id, lease_token="mine", outcomes=outcomes)
         fault = await fault_of(client.reports.CompleteUsageRecordReport(request))
         assert (fault.code, fault.fields) == ("INVALID_ARGUMENT", fields), name
         assert await listed(client) == [one], name

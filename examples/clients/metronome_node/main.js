@@ -1,7 +1,7 @@
 // Sends three days of transfers with Metronome's SDK, to metering, and prints their usage: by day, by region, and what
 // an error looks like.
 //
-//   metering serve --gateway                  # in another terminal
+//   metering serve --gateway 127.0.0.1:8080   # in another terminal
 //   cd examples/clients/metronome_node && npm ci
 //   node main.js                              # as often as you like: nothing counts twice
 //
