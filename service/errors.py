@@ -53,6 +53,7 @@ class Reason(enum.StrEnum):
     NO_BILLING_PERIOD = enum.auto()
     CREDENTIAL_MISSING = enum.auto()
     CREDENTIAL_INVALID = enum.auto()
+    ORGANIZATION_MISMATCH = enum.auto()
     OVERLOADED = enum.auto()
     DATABASE_UNAVAILABLE = enum.auto()
     DEADLINE_TOO_SHORT = enum.auto()
@@ -80,7 +81,6 @@ class Reason(enum.StrEnum):
     ALLOCATION_INVALID = enum.auto()
     SKIP_VALIDATION_FORBIDDEN = enum.auto()
     META_INFO_MISMATCH = enum.auto()
-    ORGANIZATION_MISMATCH = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,22 +174,31 @@ def configuration(listen: str, upstream: str, home: Path) -> dict[str, Any]:
         raise GatewayError("PyYAML is missing. Install it with: pip install 'metering[gateway]'") from error
     config: dict[str, Any] = yaml.safe_load(_template().read_text())
     listener, cluster = config["static_resources"]["listeners"][0], config["static_resources"]["clusters"][0]
-    # Envoy listens on addresses only.
-    listener["address"] = _socket(listen.replace("localhost:", "127.0.0.1:", 1))
+    listener["address"] = _socket(listen)
+    place = listener["address"]["socket_address"]
+    if place["address"] == "localhost":
+        place["address"] = "127.0.0.1"
+    try:
+        ipaddress.ip_address(place["address"])
+    except ValueError:
+        # Envoy would say it in words of its own.
+        raise GatewayError(f"Nothing can listen on {listen!r}: give an IP address, or localhost.") from None
     endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
     if upstream.startswith("unix:"):
         endpoint["address"] = {"pipe": {"path": str(Path(upstream.removeprefix("unix:")).absolute())}}
     else:
         endpoint["address"] = _socket(upstream)
-        # Also takes addresses, and of a name all.
-        cluster |= {"type": "STRICT_DNS", "dns_lookup_family": "ALL"}
+        # Also takes addresses. All that a name has are of one server, which may listen on one of them only.
+        cluster |= {"type": "LOGICAL_DNS", "dns_lookup_family": "ALL"}
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     if is_loopback(listen):
         # A web page whose name was made to point here is not one of our callers.
         hosts = manager["route_config"]["virtual_hosts"]
         hosts[0]["domains"] = sorted({"localhost", "127.0.0.1", "[::1]", listen.rpartition(":")[0]})
         refused = {"match": {"prefix": "/"}, "direct_response": {"status": 403, "body": {"inline_string": _FOREIGN}}}
-        hosts.append({"name": "foreign", "domains": ["*"], "routes": [refused]})
+        # gRPC's callers are told in gRPC.
+        theirs = refused | {name: hosts[0]["routes"][0][name] for name in ("match", "typed_per_filter_config")}
+        hosts.append({"name": "foreign", "domains": ["*"], "routes": [theirs, refused]})
     transcoder = next(one for one in manager["http_filters"] if one["name"].endswith("grpc_json_transcoder"))
     descriptors = importlib.resources.files("metering") / "descriptors.binpb"
     transcoder["typed_config"]["proto_descriptor"] = str(descriptors)

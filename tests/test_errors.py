@@ -154,7 +154,7 @@ def test_reasons_are_those_of_the_proto() -> None:
     """The domain's reasons and the proto enum have the same names."""
     names = [name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.keys()]  # noqa: SIM118
     assert set(names) == {"UNSPECIFIED", *(reason.value for reason in Reason)}
-    assert error_reason_pb2.ERROR_REASON_ORGANIZATION_MISMATCH == 82
+    assert error_reason_pb2.ERROR_REASON_ORGANIZATION_MISMATCH == 42
     assert all(reason.name == reason.value for reason in Reason)
 
 

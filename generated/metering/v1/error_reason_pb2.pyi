@@ -131,6 +131,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The credential is not known, not well formed or revoked. UNAUTHENTICATED.
     {"reason":"CREDENTIAL_INVALID","domain":"metering"}
     """
+    ERROR_REASON_ORGANIZATION_MISMATCH: _ErrorReason.ValueType  # 42
+    """A path or field names another organization than that of the credential. PERMISSION_DENIED.
+    {"reason":"ORGANIZATION_MISMATCH","domain":"metering"}
+    """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 50
     """The server has too much in flight. RESOURCE_EXHAUSTED, with RetryInfo; nothing was stored.
     {"reason":"OVERLOADED","domain":"metering"}
@@ -241,10 +245,6 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_META_INFO_MISMATCH: _ErrorReason.ValueType  # 81
     """A value of the group and the same value in its meta_info differ. A fault of a group.
     {"reason":"META_INFO_MISMATCH","domain":"metering","metadata":{"field":"groups[0].meta_info.timestamp","violations":"1"}}
-    """
-    ERROR_REASON_ORGANIZATION_MISMATCH: _ErrorReason.ValueType  # 82
-    """A path or field names another organization than that of the credential. PERMISSION_DENIED.
-    {"reason":"ORGANIZATION_MISMATCH","domain":"metering"}
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -365,6 +365,10 @@ ERROR_REASON_CREDENTIAL_INVALID: ErrorReason.ValueType  # 41
 """The credential is not known, not well formed or revoked. UNAUTHENTICATED.
 {"reason":"CREDENTIAL_INVALID","domain":"metering"}
 """
+ERROR_REASON_ORGANIZATION_MISMATCH: ErrorReason.ValueType  # 42
+"""A path or field names another organization than that of the credential. PERMISSION_DENIED.
+{"reason":"ORGANIZATION_MISMATCH","domain":"metering"}
+"""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 50
 """The server has too much in flight. RESOURCE_EXHAUSTED, with RetryInfo; nothing was stored.
 {"reason":"OVERLOADED","domain":"metering"}
@@ -475,9 +479,5 @@ ERROR_REASON_SKIP_VALIDATION_FORBIDDEN: ErrorReason.ValueType  # 80
 ERROR_REASON_META_INFO_MISMATCH: ErrorReason.ValueType  # 81
 """A value of the group and the same value in its meta_info differ. A fault of a group.
 {"reason":"META_INFO_MISMATCH","domain":"metering","metadata":{"field":"groups[0].meta_info.timestamp","violations":"1"}}
-"""
-ERROR_REASON_ORGANIZATION_MISMATCH: ErrorReason.ValueType  # 82
-"""A path or field names another organization than that of the credential. PERMISSION_DENIED.
-{"reason":"ORGANIZATION_MISMATCH","domain":"metering"}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
