@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import re
 import shutil
@@ -87,6 +88,22 @@ def build_go_programs(place: Path) -> Programs:
     assert build(folder, "gofmt", "-l", ".") == ""
     build(folder, "go", "build", "-o", "bin/", ".", "./driver")
     return Programs([str(folder / "bin" / "metronome")], [str(folder / "bin" / "driver")])
+
+
+@pytest.fixture(scope="session")
+def printed_program(tmp_path_factory: pytest.TempPathFactory) -> Command | str:
+    """The Go program as it is printed, with the version of the SDK that it was written for; or why it cannot be had."""
+    folder = copy_client("metronome_go_printed", tmp_path_factory.mktemp("printed"))
+    try:
+        need("go")
+        if source := os.environ.get("METRONOME_GO_SOURCE"):
+            build(folder, "go", "mod", "edit", f"-replace=github.com/Metronome-Industries/metronome-go={source}")
+        else:
+            download(folder, 60, "checksum mismatch|go.sum", "go", "mod", "download")
+        build(folder, "go", "build", "-o", "program", ".")
+    except Unavailable as reason:
+        return f"the printed Go program is not tested: {reason}; METRONOME_GO_SOURCE can name its SDK's source, v0.1.0"
+    return [str(folder / "program")]
 
 
 def build_node_programs(place: Path) -> Programs:
@@ -384,9 +401,18 @@ async def test_keys(programs: Callable[[str], Programs], database_url: str, data
         assert made["result"]
 
 
-async def test_the_go_program(programs: Callable[[str], Programs], client: Client, base_url: str) -> None:
+@pytest.mark.parametrize("version", ["present", "printed"])
+async def test_the_go_program(
+    programs: Callable[[str], Programs],
+    printed_program: Command | str,
+    client: Client,
+    base_url: str,
+    version: str,
+) -> None:
     """Metronome's printed Go program, which asks from now to now, prints the usage of today by customer and metric."""
-    program = programs("go").example
+    if version == "printed" and isinstance(printed_program, str):
+        pytest.skip(printed_program)
+    program = programs("go").example if version == "present" else printed_program
     metric = await client.create_metric(name="Transfers", aggregation_type="AGGREGATION_TYPE_SUM", aggregation_key="mb")
     sent = {"Ada": ("0.1", "0.2", "12"), "Bob": ("0",)}
     ids = {name: (await client.create_customer(name=name)).id for name in sent}

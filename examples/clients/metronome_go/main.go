@@ -6,8 +6,8 @@
 //	go run .
 //
 // It calls METRONOME_BASE_URL (http://localhost:8080) with METRONOME_BEARER_TOKEN, an API key; a server without keys
-// takes any. These two options are what was added to the program, and `metronome.F(…)` around the parameters was taken
-// away: version 1 of the SDK has it no more. What is sent is the same with both.
+// takes any. These two options were added to the program, and `metronome.F(…)` around the parameters was taken away:
+// version 1 of the SDK has it no more. metronome_go_printed beside it is the program to the letter.
 package main
 
 import (

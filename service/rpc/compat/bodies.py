@@ -28,6 +28,8 @@ _JSON = "application/json"
 # How a body is encoded, as deploy/envoy calls it: gRPC must not take it for an encoding of its own.
 _CODING = "x-body-encoding"
 _BODY_BYTES_MAX = 4 * 1024 * 1024
+# Of an answer; Envoy passes twice as much on.
+ANSWER_BYTES_MAX = 16 * 1024 * 1024
 # A larger document is read in a thread: it would keep other calls waiting. Few at a time, as one takes many times its
 # size in memory while it is read; and so a document may have only so many values, and a list so many items.
 _AT_ONCE_BYTES = 32 * 1024

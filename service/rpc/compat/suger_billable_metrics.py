@@ -21,7 +21,7 @@ from service.rpc.compat import (
     chosen_id,
     in_their_words,
 )
-from service.rpc.compat.bodies import answer, answer_all, json_of, read_object
+from service.rpc.compat.bodies import ANSWER_BYTES_MAX, answer, answer_all, json_of, read_object
 from service.rpc.compat.suger import PAGE_MAX
 from service.rpc.interceptor import Context, check_organization, organization
 from service.rpc.wire import raise_any
@@ -74,9 +74,12 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
                 break
         if request.status == "DELETED":
             found = [one for one in found if one.HasField("archive_time")]
-        return billable_metric_pb2.ListBillableMetricsResponse(
-            body=await answer_all(found, lambda one: json_of(_metric(one)))
-        )
+        body = await answer_all(found, lambda one: json_of(_metric(one)))
+        if len(body.data) > ANSWER_BYTES_MAX:
+            # Suger's list has no pages.
+            text = f"finds more than {ANSWER_BYTES_MAX:,} bytes of metrics: list them in pages, with metering.v1"
+            raise invalid("status", Reason.LIMIT_EXCEEDED, text)
+        return billable_metric_pb2.ListBillableMetricsResponse(body=body)
 
     async def GetBillableMetric(
         self, request: billable_metric_pb2.GetBillableMetricRequest, context: Context
