@@ -27,9 +27,6 @@ _ANSWERS_WITHIN_S = 2.0
 _POLL_S = 0.05
 
 
-_FOREIGN = "This gateway listens on loopback, and answers calls to localhost or 127.0.0.1 only."
-
-
 class GatewayError(Exception):
     """The gateway cannot run; the text says why and what to do."""
 
@@ -68,24 +65,31 @@ class Gateway:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._ask("POST", "/drain_listeners?graceful&skip_exit")
-                while await self._active():  # noqa: ASYNC110  # there is no event for it
+                # Only the first tells connections to close, only the second stops new ones.
+                for path in ("/drain_listeners?graceful&skip_exit", "/drain_listeners"):
+                    while self._lives() and await self._ask("POST", path) is None:  # noqa: ASYNC110
+                        await asyncio.sleep(_POLL_S)
+                while self._lives() and await self._active() != 0:  # noqa: ASYNC110  # there is no event for it
                     await asyncio.sleep(_POLL_S)
+
+    def _lives(self) -> bool:
+        return self._process.poll() is None
 
     async def _listeners(self) -> list[dict[str, Any]]:
         """Return what it listens on, once it takes calls; until then nothing."""
-        if not await self._ask("GET", "/ready"):
+        if await self._ask("GET", "/ready") is None:
             return []
         answer = await self._ask("GET", "/listeners?format=json")
         found: list[dict[str, Any]] = json.loads(answer).get("listener_statuses", []) if answer else []
         return found
 
-    async def _active(self) -> int:
+    async def _active(self) -> int | None:
+        """Return how many calls are in flight, None if it does not say."""
         answer = await self._ask("GET", "/stats?format=json&filter=http.gateway.downstream_rq_active")
-        return sum(one["value"] for one in json.loads(answer)["stats"]) if answer else 0
+        return None if answer is None else sum(one["value"] for one in json.loads(answer)["stats"])
 
-    async def _ask(self, method: str, path: str) -> bytes:
-        """Return what Envoy's admin interface answers; nothing while it does not, or says no."""
+    async def _ask(self, method: str, path: str) -> bytes | None:
+        """Return what Envoy's admin interface answers, None while it does not, or says no."""
         try:
             async with asyncio.timeout(_ANSWERS_WITHIN_S):
                 reader, writer = await asyncio.open_unix_connection(_admin(self._home))
@@ -95,10 +99,10 @@ class Gateway:
                 finally:
                     writer.close()
         except (OSError, TimeoutError):
-            return b""
+            return None
         head, _, body = answer.partition(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200"):
-            return b""
+            return None
         return _unchunked(body) if b"transfer-encoding: chunked" in head.lower() else body
 
 
@@ -191,14 +195,11 @@ def configuration(listen: str, upstream: str, home: Path) -> dict[str, Any]:
         # Also takes addresses. All that a name has are of one server, which may listen on one of them only.
         cluster |= {"type": "LOGICAL_DNS", "dns_lookup_family": "ALL"}
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    if is_loopback(listen):
-        # A web page whose name was made to point here is not one of our callers.
+    if not is_loopback(listen):
+        # Other machines know this one by names of their own.
         hosts = manager["route_config"]["virtual_hosts"]
-        hosts[0]["domains"] = sorted({"localhost", "127.0.0.1", "[::1]", listen.rpartition(":")[0]})
-        refused = {"match": {"prefix": "/"}, "direct_response": {"status": 403, "body": {"inline_string": _FOREIGN}}}
-        # gRPC's callers are told in gRPC.
-        theirs = refused | {name: hosts[0]["routes"][0][name] for name in ("match", "typed_per_filter_config")}
-        hosts.append({"name": "foreign", "domains": ["*"], "routes": [theirs, refused]})
+        hosts[0]["domains"] = ["*"]
+        del hosts[1:]
     transcoder = next(one for one in manager["http_filters"] if one["name"].endswith("grpc_json_transcoder"))
     descriptors = importlib.resources.files("metering") / "descriptors.binpb"
     transcoder["typed_config"]["proto_descriptor"] = str(descriptors)

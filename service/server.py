@@ -171,7 +171,8 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
             for task in tasks:
                 task.cancel()
             await health_servicer.enter_graceful_shutdown()
-            # Streams end by themselves now, those that came through the gateway too; it then has nothing to wait for.
+            # Streams end by themselves now, those that came through the gateway too. It has half of the time at most;
+            # the rest is for calls that came to the server directly.
             streams.draining.set()
             await front.aclose()
             await server.stop(max(0.0, ends - clock()))
@@ -256,9 +257,10 @@ async def _gateway(config: Config, server: str) -> AsyncIterator[Gateway | None]
     if config.gateway is None:
         yield None
         return
+    host, colon, port = server.rpartition(":")
     # A server on all addresses is called on one.
-    upstream = server.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:")  # not bound here
-    async with gateway(config.gateway, upstream, config.drain.total_seconds()) as running:
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104  # not bound here
+    async with gateway(config.gateway, f"{host}{colon}{port}", config.drain.total_seconds() / 2) as running:
         yield running
 
 

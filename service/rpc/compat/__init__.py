@@ -1,4 +1,4 @@
-"""The APIs of other services, told in ours: here is what they share. lenient times, choices, ids, and words.
+"""The APIs of other services, told in ours. Here is what they share: lenient times, choices, ids, and words.
 
 A JSON transcoder in front (deploy/envoy) turns paths and queries into messages and hands bodies over raw. Servicers
 here translate and call the native servicers; no rule is judged twice.

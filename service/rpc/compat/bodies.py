@@ -30,6 +30,8 @@ _CODING = "x-body-encoding"
 _BODY_BYTES_MAX = 4 * 1024 * 1024
 # Of an answer; Envoy passes twice as much on.
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
+# Parts that were packed apart and put together; each costs a copy of what follows.
+_MEMBERS_MAX = 16
 # A larger document is read in a thread: it would keep other calls waiting. Few at a time, as one takes many times its
 # size in memory while it is read; and so a document may have only so many values, and a list so many items.
 _AT_ONCE_BYTES = 32 * 1024
@@ -128,7 +130,7 @@ def _unzipped(data: bytes) -> bytes:
     """Unpack gzip, all members of it, each checked by its sum; raises InvalidArgument."""
     unzipped = b""
     try:
-        while data:
+        for _ in range(_MEMBERS_MAX):
             member = zlib.decompressobj(wbits=31)
             unzipped += member.decompress(data, _BODY_BYTES_MAX + 1 - len(unzipped))
             if len(unzipped) > _BODY_BYTES_MAX or member.unconsumed_tail:
@@ -137,9 +139,11 @@ def _unzipped(data: bytes) -> bytes:
             if not member.eof:
                 raise zlib.error
             data = member.unused_data
+            if not data:
+                return unzipped
     except zlib.error:
         raise invalid("body", Reason.MALFORMED_REQUEST, "is not valid gzip, or not all of it came") from None
-    return unzipped
+    raise invalid("body", Reason.LIMIT_EXCEEDED, f"has more than {_MEMBERS_MAX} parts of gzip")
 
 
 def _parse(data: bytes) -> Any:

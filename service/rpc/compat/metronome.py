@@ -359,11 +359,13 @@ class MetronomeCustomers(customer_pb2_grpc.CustomerServiceServicer):
     ) -> customer_pb2.CreateCustomerResponse:
         """See customer.proto."""
         body = await read_object(context, request.body, customer_pb2.CreateCustomerBody)
-        aliases = [one for one in body.ingest_aliases if one != body.external_id]
+        aliases = list(body.ingest_aliases)
+        if body.external_id and body.external_id not in aliases:
+            aliases.append(body.external_id)
         customer = customers.Customer(
             id=chosen_id(context, "metronome customer"),
             name=body.name[:NAME_MAX],
-            ingest_aliases=[body.external_id, *aliases] if body.external_id else aliases,
+            ingest_aliases=aliases,
             custom_fields=body.custom_fields,
         )
         with in_their_words(_NAMES, _PREFIXES):
@@ -433,7 +435,8 @@ class MetronomeCustomers(customer_pb2_grpc.CustomerServiceServicer):
 
 def _aggregate(window: usage.UsageWindow, request: usage.ListUsageRequest) -> usage_pb2.UsageAggregate:
     groups = groups_decimal = None
-    if any(one.id == window.billable_metric_id and one.HasField("group_by") for one in request.billable_metrics):
+    selected = window.billable_metric_id
+    if any(one.id.lower() == selected and one.HasField("group_by") for one in request.billable_metrics):
         values = {name: group.value if group.HasField("value") else None for name, group in window.groups.items()}
         groups = Struct(fields={name: number_or_null(one) for name, one in values.items()})
         groups_decimal = Struct(fields={name: text_or_null(one) for name, one in values.items() if one is not None})

@@ -58,13 +58,14 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
     ) -> billable_metric_pb2.ListBillableMetricsResponse:
         """See billable_metric.proto."""
         check_organization(request.org_id)
-        if request.status not in {"", "ACTIVE", "DELETED"}:
+        status = request.status.upper()
+        if status not in {"", "ACTIVE", "DELETED"}:
             raise invalid("status", Reason.FIELD_INVALID, "must be one of ACTIVE, DELETED")
         found: list[metrics.BillableMetric] = []
         token = ""
         while True:
             native = metrics.ListBillableMetricsRequest(
-                include_archived=request.status != "ACTIVE", page_size=PAGE_MAX, page_token=token
+                include_archived=status != "ACTIVE", page_size=PAGE_MAX, page_token=token
             )
             page = await self._metrics.ListBillableMetrics(native, context)
             # Record metrics are how records are summed: no caller made them.
@@ -72,7 +73,7 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
             token = page.next_page_token
             if not token:
                 break
-        if request.status == "DELETED":
+        if status == "DELETED":
             found = [one for one in found if one.HasField("archive_time")]
         body = await answer_all(found, lambda one: json_of(_metric(one)))
         if len(body.data) > ANSWER_BYTES_MAX:
@@ -97,29 +98,30 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
         faults: list[Violation | None] = []
         if body.id:
             faults.append(checks.identifier("id", body.id, most=METRIC_ID_MAX))
+        aggregation = body.aggregation_type.upper()
         key = body.id or chosen_id(context, "suger metric key")
         metric = metrics.BillableMetric(
             # The same key is the same metric, however often it is created.
             id=chosen_id(context, "suger metric") if not body.id else _metric_uuid(body.id),
             key=key,
             name=body.name,
-            aggregation_type=metrics.AggregationType.Value(f"AGGREGATION_TYPE_{_AGGREGATIONS[body.aggregation_type]}")
-            if body.aggregation_type in _AGGREGATIONS
+            aggregation_type=metrics.AggregationType.Value(f"AGGREGATION_TYPE_{_AGGREGATIONS[aggregation]}")
+            if aggregation in _AGGREGATIONS
             else metrics.AGGREGATION_TYPE_UNSPECIFIED,
             event_type_filter=metrics.EventTypeFilter(in_values=[key]),
             custom_fields={DESCRIPTION: body.description} if body.description else {},
         )
-        if body.aggregation_type not in _AGGREGATIONS:
+        if aggregation not in _AGGREGATIONS:
             text = f"must be one of {', '.join(_AGGREGATIONS)}"
             faults.append(Violation("aggregationType", Reason.FIELD_INVALID, text))
-        elif body.aggregation_type == "UNIQUE_COUNT":
+        elif aggregation == "UNIQUE_COUNT":
             metric.aggregation_key = body.info.property_unique_on
             if not body.info.property_unique_on:
                 text = "is required with UNIQUE_COUNT: the property whose values are counted"
                 faults.append(Violation("info.propertyUniqueOn", Reason.FIELD_REQUIRED, text))
-        elif body.aggregation_type != "COUNT":
+        elif aggregation != "COUNT":
             metric.aggregation_key = QUANTITY
-        if body.status not in {"", "ACTIVE"}:
+        if body.status.upper() not in {"", "ACTIVE"}:
             faults.append(Violation("status", Reason.FIELD_INVALID, "must be ACTIVE, or left out"))
         faults += _name_faults(body.name, body.description)
         own: list[Violation] = []
@@ -146,10 +148,11 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
         name = body.name if body.HasField("name") else None
         description = body.description if body.HasField("description") else None
         faults = _name_faults(name, description)
-        if body.HasField("status") and body.status not in {"ACTIVE", "DELETED"}:
+        status = body.status.upper()
+        if body.HasField("status") and status not in {"ACTIVE", "DELETED"}:
             faults.append(Violation("status", Reason.FIELD_INVALID, "must be one of ACTIVE, DELETED"))
         raise_any(faults)
-        if body.HasField("status") and body.status == "ACTIVE" and metric.HasField("archive_time"):
+        if body.HasField("status") and status == "ACTIVE" and metric.HasField("archive_time"):
             text = f"Billable metric {request.billable_metric_id} is DELETED, which cannot be undone."
             raise FailedPrecondition(Reason.STATUS_TRANSITION, text, metadata={"id": request.billable_metric_id})
         mask = FieldMask()
@@ -163,7 +166,7 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
             native = metrics.UpdateBillableMetricRequest(billable_metric=metric, update_mask=mask)
             with in_their_words({}, ("billable_metric.",)):
                 metric = (await self._metrics.UpdateBillableMetric(native, context)).billable_metric
-        if body.status == "DELETED":
+        if status == "DELETED":
             archive = metrics.ArchiveBillableMetricRequest(id=metric.id)
             metric = (await self._metrics.ArchiveBillableMetric(archive, context)).billable_metric
         return billable_metric_pb2.UpdateBillableMetricResponse(body=answer(json_of(_metric(metric))))
@@ -212,7 +215,7 @@ def _filters(
     for i, group in enumerate(filter_groups):
         path = f"info.filterGroups[{i}]"
         names = {one.name for one in group.filters}
-        kinds = {_OPERATIONS.get(one.operation) for one in group.filters}
+        kinds = {_OPERATIONS.get(one.operation.upper()) for one in group.filters}
         if len(group.filters) != 1 and (len(names) != 1 or kinds != {"in"}):
             text = "must have one filter, or only IS or EQ filters of the same property"
             faults.append(Violation(path, Reason.FIELD_INVALID, text))
@@ -220,11 +223,14 @@ def _filters(
         values: list[str] = []
         for j, one in enumerate(group.filters):
             here = f"{path}.filters[{j}]"
-            if one.operation not in _OPERATIONS:
+            operation = one.operation.upper()
+            if operation not in _OPERATIONS:
                 text = f"{one.operation!r} is not supported; there are {', '.join(_OPERATIONS)}"
                 faults.append(Violation(f"{here}.operation", Reason.FIELD_INVALID, text))
-            elif _OPERATIONS[one.operation] in {"in", "not_in"}:
+            elif _OPERATIONS[operation] in {"in", "not_in"}:
                 values += _filter_values(f"{here}.value", one.value, faults)
+            elif one.value.WhichOneof("kind") not in {None, "null_value"}:
+                faults.append(Violation(f"{here}.value", Reason.FIELD_INVALID, f"must be left out with {operation}"))
         name = group.filters[0].name
         if kinds == {"in"}:
             found.append(metrics.PropertyFilter(name=name, in_values=values))
