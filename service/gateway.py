@@ -161,9 +161,7 @@ def find_envoy() -> Path:
     """Return the Envoy of the `gateway` extra, or else one on the PATH; raises GatewayError."""
     # Looked up, not imported: another package may own the name.
     spec = importlib.util.find_spec("envoy")
-    places = (
-        [Path(place) / "_bin" / "envoy" for place in (spec.submodule_search_locations or ()) if spec] if spec else []
-    )
+    places = [Path(place) / "_bin" / "envoy" for place in (spec and spec.submodule_search_locations) or ()]
     found = next((place for place in places if os.access(place, os.X_OK)), None) or shutil.which("envoy")
     if found is None:
         raise GatewayError("There is no Envoy here. Install one with: pip install 'metering[gateway]'")

@@ -458,7 +458,7 @@ def _aggregate(window: usage.UsageWindow, request: usage.ListUsageRequest) -> us
 def _grouped_aggregate(window: usage.GroupedUsageWindow, key: Sequence[str]) -> usage_pb2.GroupedUsageAggregate:
     value = window.value if window.HasField("value") else None
     simple = key[0] if len(key) == 1 else None
-    group = Struct(fields={name: text_or_null(one) for name, one in window.group.items()}) if key else None
+    group = Struct() if key else None
     if group is not None:
         group.update(dict(window.group))
     found = usage_pb2.GroupedUsageAggregate(

@@ -28,7 +28,7 @@ from service.rpc.compat.bodies import answer, answer_all, json_of, read_array, r
 from service.rpc.compat.suger import PAGE_MAX, QUERY_NAMES, doubles, if_set, partner_name, read_partner
 from service.rpc.interceptor import Context, check_organization, organization
 from service.rpc.record_groups import UsageRecordGroupService
-from service.rpc.wire import raise_any, read_date, timestamp
+from service.rpc.wire import in_slices, raise_any, read_date, timestamp
 from service.rpc.wire import record_groups as wire
 
 # More digits than any amount has: a number of a filter is not written out beyond.
@@ -91,7 +91,7 @@ class SugerUsageRecordGroups(usage_record_group_pb2_grpc.UsageRecordGroupService
         check_organization(request.org_id)
         sent = await read_array(context, request.body, usage_record_group_pb2.NewUsageRecordGroup, GROUPS_MAX)
         # As they would be stored: each with an id, by which groups of the same content are told apart.
-        natives = [_new_group(i, one, one.id or str(uuid.uuid4())) for i, one in enumerate(sent)]
+        natives = await in_slices(lambda one: _new_group(*one, one[1].id or str(uuid.uuid4())), enumerate(sent))
         with in_their_words(_NAMES, ("groups",)):
             items = await wire.new_groups(wire.Sent(natives, {}), ids_required=True)
             found = await self._groups.validate(items, context)
@@ -104,7 +104,9 @@ class SugerUsageRecordGroups(usage_record_group_pb2_grpc.UsageRecordGroupService
         """See usage_record_group.proto."""
         check_organization(request.org_id)
         sent = await read_array(context, request.body, usage_record_group_pb2.NewUsageRecordGroup, GROUPS_MAX)
-        natives = [_new_group(i, one, one.id or chosen_id(context, "suger batch", i)) for i, one in enumerate(sent)]
+        natives = await in_slices(
+            lambda one: _new_group(*one, one[1].id or chosen_id(context, "suger batch", one[0])), enumerate(sent)
+        )
         stored = await self._report(natives, context, "groups")
         body = await answer_all(stored, lambda one: json_of(_group(one)))
         return usage_record_group_pb2.BatchCreateUsageRecordGroupsResponse(body=body)
