@@ -20,6 +20,8 @@ from service.child import Identity
 
 log = structlog.get_logger("metering.gateway")
 
+_HOME = "metering-gateway-"
+_PLACE_MAX = 50  # of the 103 to 107 bytes that the path of a socket may have
 DEFAULT_ADDRESS = "127.0.0.1:8080"
 _READY_WITHIN_S = 30.0
 _STOPS_WITHIN_S = 5.0
@@ -113,7 +115,7 @@ async def gateway(listen: str, upstream: str, drain_s: float) -> AsyncIterator[G
     At the end it takes no more connections and has `drain_s` seconds to answer calls in flight. Raises GatewayError.
     """
     envoy = find_envoy()
-    home = Path(tempfile.mkdtemp(prefix="metering-gateway-"))
+    home = _make_home()
     try:
         process = _start(envoy, configuration(listen, upstream, home), home)
         running = Gateway(process, home)
@@ -127,6 +129,29 @@ async def gateway(listen: str, upstream: str, drain_s: float) -> AsyncIterator[G
             await _stop(process)
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _make_home() -> Path:
+    """Make a directory for one run, and take away those of owners that were killed: their Envoys went with them."""
+    places = Path(tempfile.gettempdir())
+    if len(os.fsencode(places)) > _PLACE_MAX:
+        places = Path("/tmp")  # noqa: S108  # mkdtemp's directories are its owner's only
+    for left in places.glob(f"{_HOME}*"):
+        owner = left.name.removeprefix(_HOME).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if owner.isdigit() and left.stat().st_uid == os.geteuid() and not _lives(int(owner)):
+                shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_HOME}{os.getpid()}-", dir=places))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 def _start(envoy: Path, config: dict[str, Any], home: Path) -> "subprocess.Popen[bytes]":

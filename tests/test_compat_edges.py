@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
 import zlib
@@ -977,3 +978,37 @@ async def test_a_slow_gateway_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp
         running._process.kill()
         running._process.wait()
     assert asked == ["POST /drain_listeners"] * 4 + ["GET /stats"] * 4
+
+
+async def test_messages_use_the_callers_names(client: Client, http: httpx.AsyncClient) -> None:
+    """What an error advises is named as the API at hand has it, not as the native one."""
+    answer = await is_refused(http, "GET", "/v1/customers?next_page=x", 400, why="page")
+    assert "next_page" in answer.text
+    assert "page_token" not in answer.text
+    dates = "startDate=2026-03-02&endDate=2026-03-01"
+    answer = await is_refused(http, "GET", f"{ORG}/usageRecordGroup?{dates}", 400, why="dates")
+    assert answer.json() == "startDate: must not be later than endDate, which is 2026-03-01"
+
+
+async def test_directories_of_killed_gateways_go(monkeypatch: pytest.MonkeyPatch, client: Client) -> None:
+    """A start takes away what a killed owner left, and nothing of one that runs."""
+    gone = subprocess.Popen(["true"])  # noqa: ASYNC220  # ends at once
+    gone.wait()
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        monkeypatch.setattr(tempfile, "tempdir", place)
+        for owner in (gone.pid, os.getppid(), "old"):
+            os.mkdir(f"{place}/metering-gateway-{owner}-x")
+        kept = {f"metering-gateway-{owner}-x" for owner in (os.getppid(), "old")}
+        async with gateway("127.0.0.1:0", client.address, drain_s=1):
+            (own,) = set(os.listdir(place)) - kept
+            assert own.startswith(f"metering-gateway-{os.getpid()}-")
+        assert set(os.listdir(place)) == kept
+
+
+async def test_a_long_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, client: Client) -> None:
+    """Where the path of a socket would be too long for the system, a shorter place is taken."""
+    place = tmp_path / ("long" * 20)
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    async with gateway("127.0.0.1:0", client.address, drain_s=1) as running:
+        assert running.address

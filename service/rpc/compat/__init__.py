@@ -26,6 +26,8 @@ _IDS = uuid.UUID("b7f9a1f4-7b0e-5c3b-9a54-0c5d5f0c7c1e")
 _INSTANT = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?\s*([Zz]|[+-]\d\d:\d\d)?", re.ASCII)
 # A name in a field path; what callers named themselves (in quotes, or below these fields) is kept as one piece.
 _PATH_NAME = re.compile(r"""(?:properties|custom_fields|records)\..*|'[^']*'|"[^"]*"|[a-z][a-z_]*""", re.DOTALL)
+# The same in a text; what is quoted is the caller's.
+_TEXT_NAME = re.compile(r"""'[^']*'|"[^"]*"|[a-z]+(?:_[a-z]+)+""")
 
 
 def number_or_null(decimal: str | None) -> Value:
@@ -114,16 +116,23 @@ def names_of(*kinds: type[Message]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def in_their_words(names: Mapping[str, str], prefixes: Sequence[str] = ()) -> Iterator[None]:
-    """Give field paths of errors that the block raises as the caller knows them.
+    """Give field paths and texts of errors that the block raises in the caller's names.
 
-    `prefixes` of native paths are left out, and each name in a path is looked up in `names`.
+    `prefixes` of native paths are left out, and each name in a path is looked up in `names`; in texts, those that no
+    one takes for a word.
     """
     try:
         yield
     except InvalidArgument as error:
-        raise InvalidArgument(
-            [replace(one, field=their_path(one.field, names, prefixes)) for one in error.violations]
-        ) from error
+        faults = [
+            replace(
+                one,
+                field=their_path(one.field, names, prefixes),
+                message=_TEXT_NAME.sub(lambda found: names.get(found[0], found[0]), one.message),
+            )
+            for one in error.violations
+        ]
+        raise InvalidArgument(faults) from error
 
 
 def their_path(path: str, names: Mapping[str, str], prefixes: Sequence[str] = ()) -> str:
