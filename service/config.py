@@ -18,9 +18,8 @@ class Config:
     """Settings of one server process.
 
     `listen` holds `host:port` or `unix:/path` addresses (port 0 = any free one); `gateway` is where Envoy answers JSON,
-    None = nowhere. Without `database_url` an embedded
-    Postgres runs in `data_dir`. `drain` is how long calls in flight may go on after SIGTERM, `stream_stall` how long a
-    client may leave a message of a stream untaken.
+    None = nowhere. Without `database_url` an embedded Postgres runs in `data_dir`. `drain` is how long calls in flight
+    may go on after SIGTERM, `stream_stall` how long a client may leave a message of a stream untaken.
     """
 
     listen: tuple[str, ...] = (DEFAULT_ADDRESS,)

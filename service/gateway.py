@@ -218,9 +218,12 @@ def configuration(listen: str, upstream: str, home: Path) -> dict[str, Any]:
         # Also takes addresses. All that a name has are of one server, which may listen on one of them only.
         cluster |= {"type": "LOGICAL_DNS", "dns_lookup_family": "ALL"}
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    if not is_loopback(listen):
+    hosts = manager["route_config"]["virtual_hosts"]
+    if is_loopback(listen):
+        own = listen.rpartition(":")[0]
+        hosts[0]["domains"] = sorted({*hosts[0]["domains"], own})
+    else:
         # Other machines know this one by names of their own.
-        hosts = manager["route_config"]["virtual_hosts"]
         hosts[0]["domains"] = ["*"]
         del hosts[1:]
     transcoder = next(one for one in manager["http_filters"] if one["name"].endswith("grpc_json_transcoder"))

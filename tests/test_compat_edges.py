@@ -45,6 +45,7 @@ from service.database import Database
 from service.gateway import Gateway, GatewayError, gateway
 from service.rpc.compat import metronome
 from service.server import COMPAT_SERVICES
+from service.store import metrics as metric_store
 from service.store.tables import METADATA
 
 ORG = "/org/default"
@@ -1012,3 +1013,63 @@ async def test_a_long_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     async with gateway("127.0.0.1:0", client.address, drain_s=1) as running:
         assert running.address
+
+
+async def test_a_patch_is_whole(client: Client, http: httpx.AsyncClient) -> None:
+    """Of a PATCH that cannot do all of it nothing is done: a record metric keeps its name when it cannot be deleted."""
+    await client.create_metric(key="calls", name="Calls")
+    request = billable_metric_pb2.ListBillableMetricsRequest()
+    listed = (await client.metrics.ListBillableMetrics(request)).billable_metrics
+    (record,) = [one for one in listed if one.record_key == "calls"]
+    path = f"{ORG}/billableMetric/{record.id}"
+    sent = {"name": "other", "description": "other", "status": "DELETED"}
+    await is_refused(http, "PATCH", path, 400, why="record metric", json=sent)
+    asked = billable_metric_pb2.GetBillableMetricRequest(id=record.id)
+    assert (await client.metrics.GetBillableMetric(asked)).billable_metric == record
+    done = (await http.patch(f"{ORG}/billableMetric/calls", json=sent)).json()
+    assert (done["name"], done["description"], done["status"]) == ("other", "other", "DELETED")
+
+
+async def test_notes_beside_a_description_stay(client: Client, http: httpx.AsyncClient, database: Database) -> None:
+    """A description is set beside the notes that others write at the same time."""
+    metric = await client.create_metric(key="calls", name="Calls", custom_fields={"owner": "ada"})
+    metric_id = uuid.UUID(metric.id)
+
+    async def note(name: str) -> None:
+        await database.write(
+            lambda c: metric_store.update_metric(c, "default", metric_id, more_custom_fields={name: name})
+        )
+
+    patch = http.patch(f"{ORG}/billableMetric/calls", json={"description": "what it is"})
+    await asyncio.gather(*(note(f"n{i}") for i in range(8)), patch)
+    found = (await client.metrics.GetBillableMetric(by_id(metric.id))).billable_metric
+    assert dict(found.custom_fields) == {
+        "owner": "ada",
+        "description": "what it is",
+        **{f"n{i}": f"n{i}" for i in range(8)},
+    }
+
+
+def by_id(metric_id: str) -> billable_metric_pb2.GetBillableMetricRequest:
+    """Ask for a metric."""
+    return billable_metric_pb2.GetBillableMetricRequest(id=metric_id)
+
+
+async def test_notes_do_not_outgrow_a_metric(client: Client) -> None:
+    """Custom fields that are changed count as much as those of a new metric: together at most 128 KiB."""
+    words = [f"{i:04}{'x' * 1_000}" for i in range(100)]
+    large = await client.create_metric(event_type_filter={"in_values": words})
+    metric = billable_metric_pb2.BillableMetric(id=large.id, custom_fields={f"n{i}": "x" * 1_000 for i in range(60)})
+    request = billable_metric_pb2.UpdateBillableMetricRequest(billable_metric=metric)
+    request.update_mask.paths.append("custom_fields")
+    fault = await fault_of(client.metrics.UpdateBillableMetric(request))
+    assert fault.brief == ("INVALID_ARGUMENT", "LIMIT_EXCEEDED", "billable_metric")
+    assert (await client.metrics.GetBillableMetric(by_id(large.id))).billable_metric == large
+
+
+async def test_every_address_of_loopback_is_answered_by_its_own(client: Client) -> None:
+    """A gateway on another address of loopback is called by that address too, and by no foreign name."""
+    async with gateway("127.0.0.2:0", client.address, drain_s=1) as running, httpx.AsyncClient() as http:
+        url = f"http://{running.address}/v1/customers"
+        assert (await http.get(url)).status_code == 200
+        assert (await http.get(url, headers={"host": "evil.example"})).status_code == 403

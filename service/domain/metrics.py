@@ -158,11 +158,18 @@ def violations(metric: BillableMetric, path: str) -> list[Violation]:
     faults += _filters(f"{path}.property_filters", metric.property_filters)
     faults += _group_keys(f"{path}.group_keys", metric.group_keys)
     faults += checks.custom_fields(f"{path}.custom_fields", metric.custom_fields)
-    size = len(json.dumps(metric.definition(), ensure_ascii=False).encode())
-    if size > DEFINITION_BYTES_MAX and not any(faults):
-        message = f"takes {size:,} bytes as JSON; at most {DEFINITION_BYTES_MAX:,} are allowed"
-        faults.append(Violation(path, Reason.LIMIT_EXCEEDED, message))
+    if not any(faults):
+        faults.append(size_violation(metric, path))
     return [fault for fault in faults if fault]
+
+
+def size_violation(metric: BillableMetric, path: str) -> Violation | None:
+    """Check that a definition, with its custom fields, is not too large to be shown and counted with."""
+    size = len(json.dumps(metric.definition(), ensure_ascii=False).encode())
+    if size <= DEFINITION_BYTES_MAX:
+        return None
+    message = f"takes {size:,} bytes as JSON; at most {DEFINITION_BYTES_MAX:,} are allowed"
+    return Violation(path, Reason.LIMIT_EXCEEDED, message)
 
 
 def _values(path: str, values: Sequence[str]) -> list[Violation | None]:

@@ -59,11 +59,11 @@ def page_size(requested: int, default: int = PAGE_SIZE_DEFAULT, most: int = PAGE
     return min(requested or default, most)
 
 
-def skip(requested: int) -> int:
-    """Return how many rows to leave out before a page; raises InvalidArgument if that cannot be."""
-    if not 0 <= requested <= SKIP_MAX:
-        raise invalid("skip", Reason.FIELD_INVALID, f"must be 0..{SKIP_MAX:,}; page_token leads anywhere")
-    return requested
+def skip_violation(requested: int) -> Violation | None:
+    """Say what is wrong with the number of rows to leave out before a page; None if nothing is."""
+    if 0 <= requested <= SKIP_MAX:
+        return None
+    return Violation("skip", Reason.FIELD_INVALID, f"must be 0..{SKIP_MAX:,}; page_token leads anywhere")
 
 
 def _raw(field: str, token: str) -> bytes:

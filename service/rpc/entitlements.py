@@ -73,13 +73,18 @@ class EntitlementService(entitlement_pb2_grpc.EntitlementServiceServicer):
         self, request: pb.ListEntitlementsRequest, context: Context
     ) -> pb.ListEntitlementsResponse:
         """See entitlement.proto."""
-        limit, skip, org = pages.page_size(request.page_size), pages.skip(request.skip), organization()
+        limit, org = pages.page_size(request.page_size), organization()
         filters = wire.entitlement_filters(request)
         query_scope = scope("ListEntitlements", request)
         state = await self._tokens.decode(query_scope, request.page_token)
         rows = await self._database.read(
             lambda c: store.list_entitlements(
-                c, org, **filters._asdict(), after=state["after"] if state else None, skip=skip, limit=limit + 1
+                c,
+                org,
+                **filters._asdict(),
+                after=state["after"] if state else None,
+                skip=request.skip,
+                limit=limit + 1,
             ),
             timeout_s=context.time_remaining(),
         )

@@ -26,7 +26,7 @@ class UsageRecordReportService(usage_record_report_pb2_grpc.UsageRecordReportSer
         self, request: pb.ListUsageRecordReportsRequest, context: Context
     ) -> pb.ListUsageRecordReportsResponse:
         """See usage_record_report.proto."""
-        limit, skip, org = pages.page_size(request.page_size), pages.skip(request.skip), organization()
+        limit, org = pages.page_size(request.page_size), organization()
         query_scope = scope("ListUsageRecordReports", request)
         state = await self._tokens.decode(query_scope, request.page_token)
         # What "today" means is settled by the first page.
@@ -34,7 +34,7 @@ class UsageRecordReportService(usage_record_report_pb2_grpc.UsageRecordReportSer
         query = wire.report_query(request, asked_at)
         after = (datetime.fromisoformat(state["marketplace_time"]), uuid.UUID(state["id"])) if state else None
         found = await self._database.read(
-            lambda c: store.list_reports(c, org, query, after, skip, limit), timeout_s=context.time_remaining()
+            lambda c: store.list_reports(c, org, query, after, request.skip, limit), timeout_s=context.time_remaining()
         )
         messages = [wire.report(one, org) for one in found.reports]
         page = fitting(messages, limit)

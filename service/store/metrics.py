@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.domain import checks
 from service.domain.metrics import (
     METRICS_MAX,
     RECORD_KEYS_MAX,
@@ -17,14 +18,16 @@ from service.domain.metrics import (
     BillableMetric,
     PropertyFilter,
     record_metric,
+    size_violation,
 )
 from service.domain.windows import CELL, cell_floor
-from service.errors import AlreadyExists, FailedPrecondition, NotFound, Reason, invalid
+from service.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Reason, invalid
 from service.store import cells, events, organizations
 from service.store.tables import billable_metrics, texts, usage_cells, usage_events
 
 # The end of a chunk is chosen so that about this many events are counted again while writers wait.
 BACKFILL_EVENTS = 20_000
+_FIELDS = "billable_metric.custom_fields"
 
 
 async def create_metric(connection: AsyncConnection, organization: str, metric: BillableMetric) -> BillableMetric:
@@ -207,16 +210,33 @@ async def update_metric(
     *,
     name: str | None = None,
     custom_fields: Mapping[str, str] | None = None,
+    more_custom_fields: Mapping[str, str] | None = None,
+    archive: bool = False,
 ) -> BillableMetric:
-    """Give a metric another name or other custom fields, None = as they are; raises NotFound."""
+    """Give a metric another name, other custom fields, or some more of them beside those it has; None = as it is.
+
+    Archives it too if told so. Raises NotFound, InvalidArgument if the custom fields make it too large, and what
+    `archive_metric` does.
+    """
+    if archive:
+        await archive_metric(connection, organization, metric_id)
+    definition = billable_metrics.c.definition
     values: dict[str, object] = {}
     if name is not None:
         values["name"] = name
     if custom_fields is not None:
-        notes = sa.literal({"custom_fields": dict(custom_fields)}, JSONB)
-        values["definition"] = billable_metrics.c.definition.concat(notes)
-    await connection.execute(sa.update(billable_metrics).where(*_one(organization, metric_id)).values(values))
-    return await get_metric(connection, organization, metric_id)
+        values["definition"] = definition.concat(sa.literal({"custom_fields": dict(custom_fields)}, JSONB))
+    if more_custom_fields is not None:
+        together = definition["custom_fields"].concat(sa.literal(dict(more_custom_fields), JSONB))
+        values["definition"] = definition.concat(sa.func.jsonb_build_object("custom_fields", together))
+    if values:
+        await connection.execute(sa.update(billable_metrics).where(*_one(organization, metric_id)).values(values))
+    metric = await get_metric(connection, organization, metric_id)
+    if "definition" in values:
+        faults = [size_violation(metric, "billable_metric"), *checks.custom_fields(_FIELDS, metric.custom_fields)]
+        if found := [fault for fault in faults if fault]:
+            raise InvalidArgument(found)
+    return metric
 
 
 async def archive_metric(connection: AsyncConnection, organization: str, metric_id: uuid.UUID) -> BillableMetric:

@@ -96,7 +96,8 @@ class BillableMetricServiceServicer:
     def UpdateBillableMetric(self, request, context):
         """Changes a metric's name or custom fields; all else is fixed at creation, so that numbers keep their meaning.
         Idempotent.
-        Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change.
+        Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change or the custom fields
+        make the definition too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

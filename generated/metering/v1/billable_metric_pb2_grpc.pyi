@@ -49,7 +49,8 @@ class BillableMetricServiceStub:
     UpdateBillableMetric: _grpc.UnaryUnaryMultiCallable[_billable_metric_pb2.UpdateBillableMetricRequest, _billable_metric_pb2.UpdateBillableMetricResponse]
     """Changes a metric's name or custom fields; all else is fixed at creation, so that numbers keep their meaning.
     Idempotent.
-    Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change.
+    Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change or the custom fields
+    make the definition too large.
     """
     ArchiveBillableMetric: _grpc.UnaryUnaryMultiCallable[_billable_metric_pb2.ArchiveBillableMetricRequest, _billable_metric_pb2.ArchiveBillableMetricResponse]
     """Archives a metric: from then on it counts only events with a timestamp before its archive time, whenever they
@@ -78,7 +79,8 @@ class BillableMetricServiceAsyncStub(BillableMetricServiceStub):
     UpdateBillableMetric: _aio.UnaryUnaryMultiCallable[_billable_metric_pb2.UpdateBillableMetricRequest, _billable_metric_pb2.UpdateBillableMetricResponse]  # type: ignore[assignment]
     """Changes a metric's name or custom fields; all else is fixed at creation, so that numbers keep their meaning.
     Idempotent.
-    Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change.
+    Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change or the custom fields
+    make the definition too large.
     """
     ArchiveBillableMetric: _aio.UnaryUnaryMultiCallable[_billable_metric_pb2.ArchiveBillableMetricRequest, _billable_metric_pb2.ArchiveBillableMetricResponse]  # type: ignore[assignment]
     """Archives a metric: from then on it counts only events with a timestamp before its archive time, whenever they
@@ -128,7 +130,8 @@ class BillableMetricServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_billable_metric_pb2.UpdateBillableMetricResponse, _abc.Awaitable[_billable_metric_pb2.UpdateBillableMetricResponse]]:
         """Changes a metric's name or custom fields; all else is fixed at creation, so that numbers keep their meaning.
         Idempotent.
-        Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change.
+        Fails with NOT_FOUND, and with INVALID_ARGUMENT when the mask names a field that cannot change or the custom fields
+        make the definition too large.
         """
 
     @_abc_1.abstractmethod

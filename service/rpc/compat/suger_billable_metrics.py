@@ -4,7 +4,6 @@ import json
 import uuid
 from collections.abc import Sequence
 
-from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.struct_pb2 import Value
 
 from compat.suger.v1 import (
@@ -24,6 +23,7 @@ from service.rpc.compat import (
 from service.rpc.compat.bodies import ANSWER_BYTES_MAX, answer, answer_all, json_of, read_object
 from service.rpc.compat.suger import PAGE_MAX
 from service.rpc.interceptor import Context, check_organization, organization
+from service.rpc.wire import billable_metrics as wire
 from service.rpc.wire import raise_any
 from service.store import metrics as metric_store
 
@@ -155,21 +155,15 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
         if body.HasField("status") and status == "ACTIVE" and metric.HasField("archive_time"):
             text = f"Billable metric {request.billable_metric_id} is DELETED, which cannot be undone."
             raise FailedPrecondition(Reason.STATUS_TRANSITION, text, metadata={"id": request.billable_metric_id})
-        mask = FieldMask()
-        if name is not None:
-            metric.name = name
-            mask.paths.append("name")
-        if description is not None:
-            metric.custom_fields[DESCRIPTION] = description
-            mask.paths.append("custom_fields")
-        if mask.paths:
-            native = metrics.UpdateBillableMetricRequest(billable_metric=metric, update_mask=mask)
-            with in_their_words({}, ("billable_metric.",)):
-                metric = (await self._metrics.UpdateBillableMetric(native, context)).billable_metric
-        if status == "DELETED":
-            archive = metrics.ArchiveBillableMetricRequest(id=metric.id)
-            metric = (await self._metrics.ArchiveBillableMetric(archive, context)).billable_metric
-        return billable_metric_pb2.UpdateBillableMetricResponse(body=answer(json_of(_metric(metric))))
+        # Beside notes that others write; all of it or nothing.
+        notes = None if description is None else {DESCRIPTION: description}
+        metric_id, org, archive = uuid.UUID(metric.id), organization(), status == "DELETED"
+        changed = await self._database.write(
+            lambda c: metric_store.update_metric(
+                c, org, metric_id, name=name, more_custom_fields=notes, archive=archive
+            )
+        )
+        return billable_metric_pb2.UpdateBillableMetricResponse(body=answer(json_of(_metric(wire.metric(changed)))))
 
     async def _find(
         self,
@@ -201,9 +195,13 @@ def _name_faults(name: str | None, description: str | None) -> list[Violation]:
     faults = []
     if name is not None and not NAME_MIN <= len(name) <= NAME_MAX:
         faults.append(Violation("name", Reason.FIELD_INVALID, f"must have {NAME_MIN}..{NAME_MAX} characters"))
+    elif name is not None and (fault := checks.identifier("name", name)):
+        faults.append(fault)
     if description is not None and len(description) > DESCRIPTION_MAX:
         text = f"has {len(description)} characters; at most {DESCRIPTION_MAX} are allowed"
         faults.append(Violation("description", Reason.LIMIT_EXCEEDED, text))
+    elif description is not None and (fault := checks.text("description", description)):
+        faults.append(fault)
     return faults
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from google.protobuf.message import Message
 
 from metering.v1 import entitlement_pb2
-from service.domain import checks, entitlements, quantities
+from service.domain import checks, entitlements, pages, quantities
 from service.domain.entitlements import Dimension, EntitlementStatus
 from service.domain.partners import Partner
 from service.errors import Reason, Violation
@@ -147,7 +147,7 @@ def entitlement_filters(request: entitlement_pb2.ListEntitlementsRequest) -> Ent
         for field, value in (("product_id", request.product_id), ("buyer_id", request.buyer_id))
         if value
     ]
-    raise_any([*faults, *ids])
+    raise_any([*faults, *ids, pages.skip_violation(request.skip)])
     return filters
 
 

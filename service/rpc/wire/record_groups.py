@@ -361,11 +361,7 @@ def group_query(
     ]
     meta_info = _meta_filter(request.meta_info, faults) if request.meta_info else None
     days = read_dates(request.start_date, request.end_date, faults, today=now.astimezone(UTC).date())
-    try:
-        pages.skip(request.skip)
-    except InvalidArgument as error:
-        faults += error.violations
-    raise_any(faults)
+    raise_any([*faults, pages.skip_violation(request.skip)])
     if days is None:  # a fault was raised then; this tells the type checker
         raise AssertionError
     query = record_groups.GroupQuery(

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from metering.v1 import usage_record_report_pb2
-from service.domain import checks, quantities, record_reports
+from service.domain import checks, pages, quantities, record_reports
 from service.domain.entitlements import ID_MAX
 from service.domain.partners import Partner
 from service.errors import InvalidArgument, Reason, Violation
@@ -56,7 +56,7 @@ def report_query(
         if (sent := getattr(request, name)) and (fault := checks.identifier(name, sent, most=ID_MAX))
     ]
     days = read_dates(request.start_date, request.end_date, faults, today=now.astimezone(UTC).date())
-    raise_any(faults)
+    raise_any([*faults, pages.skip_violation(request.skip)])
     if days is None:  # a fault was raised then; this tells the type checker
         raise AssertionError
     return record_reports.ReportQuery(*days, partner, request.entitlement_id or None, request.buyer_id or None, status)
