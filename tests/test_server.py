@@ -262,7 +262,8 @@ async def test_it_runs_on_nothing_but_a_directory(place: Path) -> None:
 
 async def test_sigterm_lets_calls_in_flight_end(data_dir: Path) -> None:
     """A call that runs at SIGTERM gets its answer; a new one gets UNAVAILABLE; then the process ends with 0."""
-    with started("--data-dir", data_dir) as server:
+    # Far more time than a busy machine needs for the steps below: the end of the drain would end the call.
+    with started("--data-dir", data_dir, "--drain", "120") as server:
         async with calling(server) as client, engine_of(running_url(data_dir)) as engine:
             await prepared(client)
             async with engine.begin() as connection:
