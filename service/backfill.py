@@ -55,7 +55,9 @@ class Backfill:
     async def _count_chunk(self, organization: str, metric_id: uuid.UUID) -> None:
         began = asyncio.get_running_loop().time()
         try:
-            await self._database.background(lambda c: store.backfill_chunk(c, organization, metric_id))
+            await self._database.background(
+                lambda c: store.backfill_chunk(c, organization, metric_id), organization=organization
+            )
         except MeteringError:
             raise  # the database is away, for every metric alike
         except Exception:

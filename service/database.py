@@ -6,7 +6,9 @@ It must not know what the statements are; those are in `store`.
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import asyncpg
@@ -17,7 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.schema import CreateTable
 
 from service.errors import DeadlineExceeded, Reason, Unavailable
-from service.store.tables import incoming_events
+from service.store.tables import APPLICATION_ROLE, ORGANIZATION_SETTING, incoming_events
+from service.turns import Turns
 
 log = structlog.get_logger("metering.database")
 
@@ -35,6 +38,13 @@ TRANSACTION_TIMEOUT_S = 60
 BACKGROUND_TIMEOUT_S = 24 * 3600
 ATTEMPTS_MAX = 10
 VERSION_MIN = 150000
+
+_LIMITED = sa.select(sa.func.set_config("statement_timeout", sa.bindparam("timeout", type_=sa.Text), True))
+# One statement for all: each costs a round trip. The role ends with the transaction, as every such setting does.
+_BOUND = _LIMITED.add_columns(
+    sa.func.set_config(ORGANIZATION_SETTING, sa.bindparam("organization", type_=sa.Text), True),
+    sa.func.set_config("role", APPLICATION_ROLE, True),
+)
 
 # What using a database can raise. SQLAlchemy wraps most of it, but not what happens while it connects, nor in COPY.
 DATABASE_ERRORS = (
@@ -67,8 +77,12 @@ class Database:
     from that: it ends by itself, within the server's statement timeout, and its connection goes back to the pool whole.
     """
 
-    def __init__(self, url: str) -> None:
-        """Prepare the pool; no connection is made yet. `url` is `postgresql+asyncpg://…` or `postgresql://…`."""
+    def __init__(self, url: str, *, statement_timeout: timedelta = timedelta(seconds=STATEMENT_TIMEOUT_S)) -> None:
+        """Prepare the pool; no connection is made yet. `url` is `postgresql+asyncpg://…` or `postgresql://…`.
+
+        No statement of a caller runs longer than `statement_timeout`.
+        """
+        self._statement_timeout_s = statement_timeout.total_seconds()
         parsed, ssl = _parsed(url)
         # Every batch goes through the same handful of statements, so their plans are kept per connection.
         self.engine: AsyncEngine = create_async_engine(
@@ -90,7 +104,7 @@ class Database:
                     "default_transaction_read_only": "off",
                     "application_name": "metering",
                     "synchronous_commit": "on",
-                    "statement_timeout": str(STATEMENT_TIMEOUT_S * 1000),
+                    "statement_timeout": str(int(self._statement_timeout_s * 1000)),
                     "idle_in_transaction_session_timeout": "60000",
                     "timezone": "UTC",
                     "jit": "off",
@@ -98,57 +112,66 @@ class Database:
             },
         )
         sa.event.listen(self.engine.sync_engine, "connect", _prepare_connection)
-        self._writes = asyncio.Semaphore(WRITES_MAX)
-        self._reads = asyncio.Semaphore(READS_MAX)
-        self._stream_reads = asyncio.Semaphore(STREAM_READS_MAX)
+        self._writes = Turns(WRITES_MAX)
+        self._reads = Turns(READS_MAX)
+        self._stream_reads = Turns(STREAM_READS_MAX)
         self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
         self._running: set[asyncio.Task[Any]] = set()
 
     async def write(
-        self, work: Callable[[AsyncConnection], Awaitable[Result]], *, limit_s: float | None = None
+        self,
+        organization: str,
+        work: Callable[[AsyncConnection], Awaitable[Result]],
+        *,
+        limit_s: float | None = None,
+        patient: bool = False,
     ) -> Result:
-        """Run `work` in one READ COMMITTED transaction and return its result after the commit.
+        """Run `work` in one READ COMMITTED transaction of an organization and return its result after the commit.
 
-        Deadlocks and serialization failures run the whole of `work` again. `limit_s` replaces the usual limits of
-        statements and transaction. Raises Unavailable when the database does not answer (the outcome is then unknown),
-        and whatever `work` raises, after a rollback.
+        Postgres itself shows it the rows of this organization and no others, and takes no others from it. Deadlocks and
+        serialization failures run the whole of `work` again. `limit_s` replaces the usual limits of statements and
+        transaction. Raises ResourceExhausted when too many wait (see `Turns`), Unavailable when the database does not
+        answer (the outcome is then unknown), and whatever `work` raises, after a rollback.
         """
-
-        async def longer(connection: AsyncConnection) -> Result:
-            limit = str(int((limit_s or 0) * 1000))
-            await connection.execute(sa.func.set_config("statement_timeout", limit, True).select())
-            return await work(connection)
-
-        bounded = work if limit_s is None else longer
-        return await self._shielded(self._writes, lambda: self._attempts(bounded, limit_s or TRANSACTION_TIMEOUT_S))
+        bounded = _acting_for(organization, work, self._statement_timeout_s if limit_s is None else limit_s)
+        limit_s = limit_s or TRANSACTION_TIMEOUT_S
+        await self._writes.take(organization, patient=patient)
+        return await self._in_turn(self._writes, lambda: self._attempts(bounded, limit_s))
 
     async def read(
-        self, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
+        self, organization: str, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
     ) -> Result:
-        """Run `work` in one read-only snapshot. `timeout_s` bounds each statement. Raises as `write`."""
-        return await self._shielded(self._reads, lambda: self._snapshot(work, timeout_s, TRANSACTION_TIMEOUT_S))
+        """Run `work` in a read-only snapshot of an organization. `timeout_s` bounds statements. Raises as `write`."""
+        await self._reads.take(organization)
+        return await self._in_turn(self._reads, lambda: self._reading(organization, work, timeout_s))
 
     async def read_ahead(
-        self, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
+        self, organization: str, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
     ) -> Result:
         """Run `work` as `read` does, for a stream: many streams must not keep waiting who wants a single answer."""
-        return await self._shielded(self._stream_reads, lambda: self._snapshot(work, timeout_s, TRANSACTION_TIMEOUT_S))
+        # Streams are bounded in number, and there is nobody to refuse once they began.
+        await self._stream_reads.take(organization, patient=True)
+        return await self._in_turn(self._stream_reads, lambda: self._reading(organization, work, timeout_s))
 
     async def look_up(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
-        """Run a short `work` as `read` does, but never behind callers' queries: a call must know whose it is."""
-        return await self._shielded(self._lookups, lambda: self._snapshot(work, None, TRANSACTION_TIMEOUT_S))
+        """Run a short `work` about no organization in one snapshot, never behind callers' queries: credentials."""
+        await self._lookups.acquire()
+        return await self._shielded(lambda: self._snapshot(work, TRANSACTION_TIMEOUT_S), self._lookups.release)
 
     async def background(
-        self, work: Callable[[AsyncConnection], Awaitable[Result]], *, snapshot: bool = False
+        self,
+        work: Callable[[AsyncConnection], Awaitable[Result]],
+        *,
+        organization: str | None = None,
+        snapshot: bool = False,
     ) -> Result:
-        """Run `work` in one transaction (or read-only snapshot) outside the admission and the limits of callers."""
+        """Run `work` in one transaction (or read-only snapshot) outside the admission and the limits of callers.
 
-        async def unlimited(connection: AsyncConnection) -> Result:
-            await connection.execute(sa.func.set_config("statement_timeout", "0", True).select())
-            return await work(connection)
-
+        Without an organization it sees every one's rows: what looks for work, and operators' commands, do.
+        """
+        unlimited = _acting_for(organization, work, 0)
         if snapshot:
-            return await self._snapshot(unlimited, None, BACKGROUND_TIMEOUT_S)
+            return await self._snapshot(unlimited, BACKGROUND_TIMEOUT_S)
         return await self._attempts(unlimited, BACKGROUND_TIMEOUT_S)
 
     async def ping(self) -> bool:
@@ -185,12 +208,14 @@ class Database:
             await asyncio.wait(self._running, timeout=STATEMENT_TIMEOUT_S)
         await self.engine.dispose()
 
-    async def _shielded(self, admission: asyncio.Semaphore, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        # A caller that is cancelled while it waits here leaves nothing behind; from the next line on it cannot stop
-        # the transaction, which gives the place back when it ends.
-        await admission.acquire()
+    async def _in_turn(self, turns: Turns, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        began = time.monotonic()
+        return await self._shielded(work, lambda: turns.give_back(time.monotonic() - began))
+
+    async def _shielded(self, work: Callable[[], Coroutine[Any, Any, Result]], ended: Callable[[], None]) -> Result:
+        # From here on a caller that is cancelled cannot stop the transaction, which says itself when it has ended.
         task = asyncio.create_task(work())
-        task.add_done_callback(lambda _: admission.release())
+        task.add_done_callback(lambda _: ended())
         self._running.add(task)
         task.add_done_callback(self._finished)
         return await asyncio.shield(task)
@@ -228,21 +253,37 @@ class Database:
                 raise told from error
         raise AssertionError("unreachable")
 
-    async def _snapshot(
-        self, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float | None, limit_s: float
+    async def _reading(
+        self, organization: str, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float | None
     ) -> Result:
+        limit_s = min(self._statement_timeout_s, timeout_s or self._statement_timeout_s)
+        return await self._snapshot(_acting_for(organization, work, limit_s), TRANSACTION_TIMEOUT_S)
+
+    async def _snapshot(self, work: Callable[[AsyncConnection], Awaitable[Result]], limit_s: float) -> Result:
         try:
             async with asyncio.timeout(limit_s), self._connected() as connection:
                 await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
                 async with connection.begin():
-                    if timeout_s is not None and timeout_s < STATEMENT_TIMEOUT_S:
-                        limit = str(max(1, int(timeout_s * 1000)))
-                        await connection.execute(sa.func.set_config("statement_timeout", limit, True).select())
                     return await work(connection)
         except DATABASE_ERRORS as error:
             if (told := _translated(error)) is error:
                 raise
             raise told from error
+
+
+def _acting_for(
+    organization: str | None, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float
+) -> Callable[[AsyncConnection], Awaitable[Result]]:
+    """Return `work` with its transaction bound to an organization (None = all), its statements to a time (0 = any)."""
+
+    async def bound(connection: AsyncConnection) -> Result:
+        await connection.execute(
+            _LIMITED if organization is None else _BOUND,
+            {"organization": organization, "timeout": str(max(1, int(timeout_s * 1000)) if timeout_s else 0)},
+        )
+        return await work(connection)
+
+    return bound
 
 
 def _parsed(url: str) -> tuple[sa.URL, dict[str, str]]:
@@ -296,4 +337,6 @@ def _unavailable(error: BaseException) -> Unavailable:
 
 def _prepare_connection(dbapi_connection: Any, _record: Any) -> None:
     statement = str(CreateTable(incoming_events).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
-    dbapi_connection.run_async(lambda connection: connection.execute(statement))
+    # No other session sees it, so "everyone" is this session in its other role.
+    grant = f"GRANT SELECT, INSERT ON {incoming_events.name} TO PUBLIC"
+    dbapi_connection.run_async(lambda connection: connection.execute(f"{statement}; {grant}"))

@@ -16,17 +16,28 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.database import Database
-from service.domain.events import EVENTS_MAX, Event, Outcome, TimeLimits, Verdict, time_violation
-from service.errors import AlreadyExists, DeadlineExceeded, InvalidArgument, Reason, Unavailable, Violation
+from service.domain.events import MERGED_EVENTS_MAX, Event, Outcome, TimeLimits, Verdict, time_violation
+from service.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    InvalidArgument,
+    Reason,
+    ResourceExhausted,
+    Unavailable,
+    Violation,
+)
 from service.store import events as event_store
 from service.store import metrics as metric_store
 from service.store import organizations
 from service.store.compiled import ByCatalog
+from service.turns import Rate, overloaded
 
 log = structlog.get_logger("metering.ingest")
 
 # Two, so that one batch is being prepared while the other waits for the disk. More only wait for each other's cells.
 TRANSACTIONS_MAX = 2
+# What waits of one organization: a few transactions' worth.
+QUEUE_EVENTS_MAX = 40_000
 
 ACCEPTED = Outcome(Verdict.ACCEPTED)
 DUPLICATE = Outcome(Verdict.DUPLICATE)
@@ -53,32 +64,54 @@ class _Call:
 @dataclass(slots=True)
 class _Queue:
     calls: deque[_Call] = field(default_factory=deque)
+    events: int = 0  # of the calls that wait
     transactions: int = 0
 
 
 class Ingest:
     """Takes batches of events and stores each event exactly once."""
 
-    def __init__(self, database: Database, limits: TimeLimits) -> None:
-        """Use `limits` for the timestamps of events that are not stored yet."""
+    def __init__(
+        self,
+        database: Database,
+        limits: TimeLimits,
+        rate: Rate | None = None,
+        *,
+        queue_events_max: int = QUEUE_EVENTS_MAX,
+    ) -> None:
+        """Use `limits` for the timestamps of events that are not stored yet.
+
+        An organization may bring events at this `rate` (None = any), and have about so many waiting.
+        """
         self._database = database
         self._limits = limits
+        self._rate = rate
+        self._queue_events_max = queue_events_max
         self._queues: dict[str, _Queue] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # The version is looked up in every transaction, under the lock that keeps it from moving; so this is only ever
         # an optimization.
         self._statements: ByCatalog[event_store.IngestStatements] = ByCatalog()
 
-    async def ingest(self, organization: str, batch: Batch) -> list[Outcome]:
+    async def ingest(self, organization: str, batch: Batch, *, patient: bool = False) -> list[Outcome]:
         """Store the batch's events and return one outcome per event once they are committed.
 
         The caller's cancellation withdraws a batch that still waits; one that was taken is stored all the same.
-        Raises InvalidArgument or AlreadyExists when `all_or_nothing` fails (nothing is stored then), Unavailable when
-        the database does not answer (the outcome is then unknown).
+        Raises InvalidArgument or AlreadyExists when `all_or_nothing` fails (nothing is stored then), ResourceExhausted
+        when there is no room for it (nor is anything stored then; who is `patient` waits instead), Unavailable when the
+        database does not answer (the outcome is then unknown).
         """
-        call = _Call(batch, asyncio.get_running_loop().create_future())
+        if patient and self._rate is not None:
+            await self._rate.wait(organization)
+        waiting = self._queues[organization].events if organization in self._queues else 0
+        if not patient and waiting and waiting + len(batch.items) > self._queue_events_max:
+            raise overloaded(f"{waiting:,} events of this organization wait to be stored")
+        if self._rate is not None:
+            self._rate.take(organization, len(batch.items))
         queue = self._queues.setdefault(organization, _Queue())
+        call = _Call(batch, asyncio.get_running_loop().create_future())
         queue.calls.append(call)
+        queue.events += len(batch.items)
         if queue.transactions < TRANSACTIONS_MAX:
             queue.transactions += 1
             task = asyncio.create_task(self._drain(organization, queue))
@@ -90,6 +123,7 @@ class Ingest:
             # One that still waits is given up at once, with the memory that it holds.
             with contextlib.suppress(ValueError):
                 queue.calls.remove(call)
+                queue.events -= len(batch.items)
             raise
 
     async def close(self) -> None:
@@ -99,7 +133,7 @@ class Ingest:
 
     async def _drain(self, organization: str, queue: _Queue) -> None:
         try:
-            while calls := _take(queue.calls):
+            while calls := _take(queue):
                 await self._answer(organization, calls)
         finally:
             queue.transactions -= 1
@@ -110,9 +144,9 @@ class Ingest:
         try:
             answers = await self._commit(organization, [call.batch for call in calls])
         except Exception as error:
-            if len(calls) > 1 and not isinstance(error, Unavailable | DeadlineExceeded):
-                # One caller's events must not fail the others'. (When the database is away, trying alone cannot help
-                # and the callers are told so.)
+            if len(calls) > 1 and not isinstance(error, Unavailable | DeadlineExceeded | ResourceExhausted):
+                # One caller's events must not fail the others'. (When the database is away, or too much is in flight,
+                # trying alone cannot help and the callers are told so.)
                 log.warning("shared transaction failed; retrying each call alone", calls=len(calls), error=repr(error))
                 for call in calls:
                     if not call.answer.done():
@@ -130,7 +164,7 @@ class Ingest:
         items = [item for batch in batches for item in batch.items]
         # A batch that is all or nothing is never together with others.
         refused = _refused(batches[0])
-        outcomes = await self._database.write(lambda c: self._store(c, organization, items, refused))
+        outcomes = await self._database.write(organization, lambda c: self._store(c, organization, items, refused))
         ends = [0]
         for batch in batches:
             ends.append(ends[-1] + len(batch.items))
@@ -181,18 +215,20 @@ class Ingest:
         return known
 
 
-def _take(calls: deque[_Call]) -> list[_Call]:
+def _take(queue: _Queue) -> list[_Call]:
     """Remove from the queue what one transaction takes: up to 10,000 events, or one all-or-nothing call alone."""
     taken: list[_Call] = []
     events = 0
-    while calls:
-        call = calls[0]
-        if call.answer.done():  # its caller left
-            calls.popleft()
-            continue
-        if taken and (call.batch.all_or_nothing or events + len(call.batch.items) > EVENTS_MAX):
+    while queue.calls:
+        call = queue.calls[0]
+        left = call.answer.done()  # its caller did
+        if not left and taken and (call.batch.all_or_nothing or events + len(call.batch.items) > MERGED_EVENTS_MAX):
             break
-        taken.append(calls.popleft())
+        queue.calls.popleft()
+        queue.events -= len(call.batch.items)
+        if left:
+            continue
+        taken.append(call)
         events += len(call.batch.items)
         if call.batch.all_or_nothing:
             break

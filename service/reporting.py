@@ -76,7 +76,7 @@ async def roll_up_hour(
                 return await store.roll_up(connection, *one, hour, rules) is not None
 
             try:
-                was_made = await database.background(work)
+                was_made = await database.background(work, organization=one.organization)
             except MeteringError:
                 raise  # the database is away, for every entitlement alike
             except Exception:

@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
@@ -45,9 +46,12 @@ from metering.v1 import (
     usage_record_report_pb2_grpc,
 )
 from service.auth import Auth
+from service.auth.certificates import BadClients, Clients
+from service.auth.tokens import BadTokenSettings, Tokens
 from service.backfill import Backfill
-from service.config import Config
+from service.config import Config, Load
 from service.database import Database, UnsafeDatabase
+from service.domain.events import EVENTS_MAX
 from service.gateway import Gateway, gateway, is_loopback
 from service.ingest import Ingest
 from service.migrations import is_current, upgrade
@@ -61,13 +65,15 @@ from service.rpc.compat.suger_record_groups import SugerUsageRecordGroups
 from service.rpc.customers import CustomerService
 from service.rpc.entitlements import EntitlementService
 from service.rpc.events import EventService
-from service.rpc.interceptor import Interceptor, RequestBytes
+from service.rpc.interceptor import Interceptor, RequestBytes, Room
 from service.rpc.pages import PageTokens
 from service.rpc.record_groups import UsageRecordGroupService
 from service.rpc.record_reports import UsageRecordReportService
 from service.rpc.streams import Streams
 from service.rpc.usage import UsageService
 from service.rpc.wire.record_groups import DECODERS
+from service.tls import BadCertificate, credentials
+from service.turns import Places, Rate
 
 log = structlog.get_logger("metering.server")
 
@@ -100,22 +106,37 @@ COMPAT_SERVICES = tuple(
 )
 HEALTH_PERIOD_S = 2.0
 
-_OPTIONS: Sequence[tuple[str, int]] = (
-    # Two servers on one port would share its connections by chance; the second must fail instead.
-    ("grpc.so_reuseport", 0),
-    # gRPC's own defaults drop bursts of over 1,000 calls as CANCELLED, which clients do not retry; our limits answer.
-    ("grpc.server.max_pending_requests", 20_000),
-    ("grpc.server.max_pending_requests_hard_limit", 30_000),
-    ("grpc.max_concurrent_streams", 20_000),
-    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
-    # By default it is chance whether headers of 8 to 16 KiB are taken.
-    ("grpc.max_metadata_size", 16 * 1024),
-    ("grpc.absolute_max_metadata_size", 16 * 1024),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-)
+# How long a connection may take to say who it is and what it speaks.
+_HANDSHAKE_MS = 10_000
+
+
+def _options(load: Load) -> list[tuple[str, int]]:
+    def milliseconds(time: timedelta) -> int:
+        return int(time / timedelta(milliseconds=1))
+
+    options = [
+        # Two servers on one port would share its connections by chance; the second must fail instead.
+        ("grpc.so_reuseport", 0),
+        # gRPC's own defaults drop bursts of over 1,000 calls as CANCELLED, which clients do not retry; our limits
+        # answer.
+        ("grpc.server.max_pending_requests", 20_000),
+        ("grpc.server.max_pending_requests_hard_limit", 30_000),
+        ("grpc.max_concurrent_streams", 20_000),
+        ("grpc.max_receive_message_length", load.message_bytes_max),
+        # By default it is chance whether headers of 8 to 16 KiB are taken.
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.absolute_max_metadata_size", 16 * 1024),
+        ("grpc.keepalive_time_ms", milliseconds(load.keepalive)),
+        ("grpc.keepalive_timeout_ms", milliseconds(load.keepalive_timeout)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", milliseconds(load.ping_interval_min)),
+        ("grpc.max_allowed_incoming_connections", load.connections_max),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+    ]
+    if load.connection_age_max is not None:
+        # No grace: calls and streams that are open go on over the old connection for as long as they like.
+        options.append(("grpc.max_connection_age_ms", milliseconds(load.connection_age_max)))
+    return options
 
 
 class Addresses(list[str]):
@@ -135,8 +156,11 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
     Raises CannotServe when an address is taken or not allowed, or the database is not ready for this version,
     GatewayError.
     """
-    auth, tokens = Auth(database), PageTokens(database)
-    ingest, backfill = Ingest(database, config.time_limits), Backfill(database)
+    load = config.load
+    auth, tokens = await _auth(config, database), PageTokens(database)
+    rate = None if load.ingest_rate is None else Rate(load.ingest_rate, EVENTS_MAX)
+    ingest = Ingest(database, config.time_limits, rate, queue_events_max=load.ingest_queue_max)
+    backfill = Backfill(database)
     reporting = Reporting(database, config.partner_rules)
     try:
         await database.check(allow_unsafe=config.allow_unsafe_database)
@@ -146,18 +170,26 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
         raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
     if await auth.is_open():
         require_local((*config.listen, *filter(None, [config.gateway])))
-    streams, stream_bytes = Streams(config.stream_stall), RequestBytes(config.request_bytes_max)
-    unary_bytes = RequestBytes(config.request_bytes_max)
-    interceptor = Interceptor(auth, unary_bytes, streams, stream_bytes, DECODERS)
-    server = grpc.aio.server(interceptors=[interceptor], options=list(_OPTIONS))
-    _add_services(server, config, database, tokens, ingest, backfill, streams, stream_bytes)
+    try:
+        tls = None if config.tls is None else credentials(config.tls)
+    except BadCertificate as error:
+        raise CannotServe(str(error)) from error
+    _say_who_comes_in(config, is_open=await auth.is_open())
+    streams = Streams(config.stream_stall)
+    room = Room(
+        Places("calls in flight", load.calls_max, load.calls_of_organization_max),
+        Places("open streams", load.streams_max, load.streams_of_organization_max),
+        *(RequestBytes(load.request_bytes_max) for _ in range(4)),
+    )
+    server = grpc.aio.server(interceptors=[Interceptor(auth, room, streams, DECODERS)], options=_options(load))
+    _add_services(server, config, database, tokens, ingest, backfill, streams, room.batch_bytes, rate)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection(
         (*SERVICES, *COMPAT_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
     with contextlib.ExitStack() as addresses:
-        bound = Addresses(addresses.enter_context(_listen(server, address)) for address in config.listen)
+        bound = Addresses(addresses.enter_context(_listen(server, address, tls)) for address in config.listen)
         await _set_health(health_servicer, database)
         await server.start()
         work = (backfill.run(), reporting.run(), _watch_health(health_servicer, database))
@@ -188,14 +220,15 @@ def _add_services(
     ingest: Ingest,
     backfill: Backfill,
     streams: Streams,
-    stream_bytes: RequestBytes,
+    batch_bytes: RequestBytes,
+    rate: Rate | None,
 ) -> None:
-    events = EventService(database, tokens, ingest, streams, stream_bytes)
+    events = EventService(database, tokens, ingest, streams, batch_bytes)
     metrics = BillableMetricService(database, tokens, backfill.wake)
     customers = CustomerService(database, tokens)
     usage = UsageService(database, tokens, streams)
     entitlements = EntitlementService(database, tokens)
-    groups = UsageRecordGroupService(database, tokens, config.partner_rules)
+    groups = UsageRecordGroupService(database, tokens, config.partner_rules, rate)
     reports = UsageRecordReportService(database, tokens)
     event_pb2_grpc.add_EventServiceServicer_to_server(events, server)
     billable_metric_pb2_grpc.add_BillableMetricServiceServicer_to_server(metrics, server)
@@ -257,6 +290,11 @@ async def _gateway(config: Config, server: str) -> AsyncIterator[Gateway | None]
     if config.gateway is None:
         yield None
         return
+    if config.tls is not None and not server.startswith("unix:"):
+        raise CannotServe(
+            "The gateway calls the server's first address without TLS: let that be a unix socket, such as "
+            "--listen unix:/run/metering/metering.sock --listen 0.0.0.0:50051."
+        )
     host, colon, port = server.rpartition(":")
     # A server on all addresses is called on one.
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104  # not bound here
@@ -278,11 +316,31 @@ async def open_database(config: Config) -> AsyncIterator[tuple[Database, Embedde
             stack.callback(postgres.stop)
             await asyncio.to_thread(postgres.start)
             url = postgres.url
-        database = Database(url)
+        database = Database(url, statement_timeout=config.load.statement_timeout)
         try:
             yield database, postgres
         finally:
             await database.close()
+
+
+async def _auth(config: Config, database: Database) -> Auth:
+    """Return what checks credentials; raises CannotServe if it cannot."""
+    try:
+        tokens = None if config.tokens is None else Tokens(config.tokens)
+        if tokens is not None:
+            await tokens.start()
+        clients = None if config.tls is None or config.tls.clients is None else Clients(config.tls.clients)
+    except (BadTokenSettings, BadClients) as error:
+        raise CannotServe(str(error)) from error
+    return Auth(database, tokens, clients)
+
+
+def _say_who_comes_in(config: Config, *, is_open: bool) -> None:
+    if is_open:
+        log.warning("open mode: no credentials are configured, every local caller is an administrator")
+    away = [one for one in config.listen if not one.startswith("unix:") and not is_loopback(one)]
+    if away and config.tls is None:
+        log.warning("without TLS, credentials and data can be read on the way", addresses=away)
 
 
 def require_local(addresses: Sequence[str]) -> None:
@@ -291,17 +349,19 @@ def require_local(addresses: Sequence[str]) -> None:
         if not address.startswith("unix:") and not is_loopback(address):
             raise CannotServe(
                 f"{address} can be reached from other machines, but no credentials are configured and every caller "
-                "would be an administrator. Either listen on loopback (127.0.0.1:50051) or a unix socket "
-                "(unix:/path), or make an API key first: `metering keys create`."
+                "would be an administrator. Listen on loopback (127.0.0.1:50051) or a unix socket (unix:/path); or "
+                "ask for credentials, in one of three ways: make an API key (`metering keys create`), know clients by "
+                "their certificates (--tls-client-ca and --tls-clients), or take JSON Web Tokens (--jwt-issuer, "
+                "--jwt-audience and --jwt-keys)."
             )
 
 
 @contextlib.contextmanager
-def _listen(server: grpc.aio.Server, address: str) -> Iterator[str]:
-    """Bind one address while the block runs; yields it with its real port."""
+def _listen(server: grpc.aio.Server, address: str, tls: grpc.ServerCredentials | None) -> Iterator[str]:
+    """Bind one address while the block runs; yields it with its real port. Unix sockets do without TLS."""
     if not address.startswith("unix:"):
         try:
-            port = server.add_insecure_port(address)
+            port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls)
         except RuntimeError as error:
             raise CannotServe(f"Cannot listen on {address}: it is in use or not an address of this machine.") from error
         yield f"{address.rpartition(':')[0]}:{port}"

@@ -58,11 +58,11 @@ async def verify_cells(
     a wrong cell is computed again while writers of the organization wait. Raises NotFound for an unknown metric.
     """
     checked = 0
-    names = await database.read(organizations.list_organizations)
+    names = await database.background(organizations.list_organizations, snapshot=True)
     for name in [organization] if organization is not None else names:
-        for metric in await database.read(lambda c, org=name: _metrics(c, org, metric_id)):  # type: ignore[misc]  # bound as default
+        for metric in await database.read(name, lambda c, org=name: _metrics(c, org, metric_id)):  # type: ignore[misc]  # bound as default
             checked += 1
-            span = await database.read(lambda c, org=name, one=metric: _span(c, org, one, start, end))  # type: ignore[misc]
+            span = await database.read(name, lambda c, org=name, one=metric: _span(c, org, one, start, end))  # type: ignore[misc]
             begin, stop = span or (None, None)
             while begin and stop and begin < stop:
                 until = min(begin + STRETCH, stop)
@@ -92,11 +92,11 @@ async def _verify_stretch(
         await cells.recompute(connection, organization, metric, *span)
 
     # Not as a caller's query: a stretch of a large organization takes its time.
-    findings = await database.background(compare, snapshot=True)
+    findings = await database.background(compare, organization=organization, snapshot=True)
     for finding in findings:
         found(finding)
     if findings and repair:
-        await database.background(mend)
+        await database.background(mend, organization=organization)
 
 
 async def _metrics(connection: AsyncConnection, organization: str, metric_id: uuid.UUID | None) -> list[BillableMetric]:

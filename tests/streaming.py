@@ -64,7 +64,7 @@ class Watched:
     client: Client
     database: Database
     streams: WatchedStreams
-    request_bytes: WatchedBytes
+    all_bytes: Sequence[WatchedBytes]
     logs: Sequence[Any]
     tasks_before: int = 0
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -77,7 +77,12 @@ class Watched:
     @property
     def held(self) -> int:
         """How many bytes of requests are held."""
-        return self.request_bytes._held
+        return sum(one._held for one in self.all_bytes)
+
+    @property
+    def request_bytes(self) -> WatchedBytes:
+        """What batches of streams of events hold: the last that the server makes."""
+        return self.all_bytes[-1]
 
     @property
     def connections(self) -> int:
@@ -101,12 +106,12 @@ class Watched:
 @asynccontextmanager
 async def watched(database_url: str, **settings: Any) -> AsyncIterator[Watched]:
     """Run a server in this process that can be looked into."""
-    made: dict[type, Any] = {}
+    made: dict[type, list[Any]] = {}
 
     def remembering(kind: type) -> Callable[..., Any]:
         def make(*arguments: Any) -> Any:
             one = kind(*arguments)
-            made.setdefault(kind, one)  # of the two RequestBytes the first is that of streams
+            made.setdefault(kind, []).append(one)
             return one
 
         return make
@@ -121,7 +126,7 @@ async def watched(database_url: str, **settings: Any) -> AsyncIterator[Watched]:
             patch.setattr(service.server, "RequestBytes", remembering(WatchedBytes))
             (address, *_) = await stack.enter_async_context(serving(config, database))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-        yield Watched(Client(address, channel), database, made[WatchedStreams], made[WatchedBytes], logs)
+        yield Watched(Client(address, channel), database, made[WatchedStreams][0], made[WatchedBytes], logs)
 
 
 @asynccontextmanager

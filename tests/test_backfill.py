@@ -86,7 +86,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 async def positions(database: Database) -> dict[uuid.UUID, datetime | None]:
     """How far the backfill of each metric has come; None = to the end."""
-    found = await database.read(lambda c: metrics.all_metrics(c, "default"))
+    found = await database.read("default", lambda c: metrics.all_metrics(c, "default"))
     return {metric.id: metric.backfilled_until for metric in found}
 
 
@@ -171,12 +171,13 @@ async def assert_twins(client: Client, early: dict[str, Any], late: dict[str, An
 
 async def assert_exact(database: Database) -> None:
     """Fail unless every cell of every metric is what a recomputation from the events gives."""
-    for metric in await database.read(lambda c: metrics.all_metrics(c, "default")):
+    for metric in await database.read("default", lambda c: metrics.all_metrics(c, "default")):
         assert metric.backfilled_until is None, metric
         found = await database.read(
+            "default",
             lambda c, metric=metric: cells.mismatches(
                 c, "default", metric, DAY - 3650 * 24 * HOUR, DAY + 3650 * 24 * HOUR, limit=10
-            )
+            ),
         )
         assert found == [], metric.aggregation
 
@@ -429,11 +430,11 @@ async def test_archiving_may_come_while_the_past_is_counted(
             billable_metrics=[{"id": metric.id}],
         )
         assert window.value == str(len(ago) + 2)
-        for stored in await database.read(lambda c: metrics.all_metrics(c, "default")):
+        for stored in await database.read("default", lambda c: metrics.all_metrics(c, "default")):
             compare: Callable[[AsyncConnection], Awaitable[Any]] = lambda c, stored=stored: cells.mismatches(  # noqa: E731
                 c, "default", stored, DAY - 3650 * 24 * HOUR, DAY + 3650 * 24 * HOUR, limit=10
             )
-            assert await database.read(compare) == []
+            assert await database.read("default", compare) == []
 
 
 async def test_organizations_take_turns(database_url: str, database: Database, steps: Steps) -> None:

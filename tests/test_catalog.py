@@ -543,9 +543,11 @@ async def test_an_archived_metric_counts_by_the_time_of_the_event(
     # Archiving again keeps the first time, and the numbers.
     assert await archive_metric(client, metric.id) == archived
     assert [w.value for w in await client.all_usage(**query)] == [after]
-    (stored,) = await database.read(lambda c: metrics.all_metrics(c, "default"))
+    (stored,) = await database.read("default", lambda c: metrics.all_metrics(c, "default"))
     far = 3650 * 24 * HOUR
-    compared = await database.read(lambda c: cells.mismatches(c, "default", stored, DAY - far, DAY + far, limit=10))
+    compared = await database.read(
+        "default", lambda c: cells.mismatches(c, "default", stored, DAY - far, DAY + far, limit=10)
+    )
     assert compared == []
 
 
@@ -1159,7 +1161,7 @@ async def test_an_alias_given_up_during_a_claim_is_owned_or_refused(client: Clie
         return list(stored.ingest_aliases)
 
     try:
-        answered = await database.write(claim)
+        answered = await database.write("default", claim)
     except AlreadyExists:
         return
     assert answered == ["moving"]

@@ -605,7 +605,7 @@ async def test_ctrl_c_tells_what_was_done(tmp_path: Path, monkeypatch: pytest.Mo
 async def test_a_refused_call_is_not_repeated(database_url: str, client: Client) -> None:
     """A missing key is told at once: it would be refused again."""
     await sell(client)
-    made = await operate(database_url, "keys", "create", "--no-admin")
+    made = await operate(database_url, "keys", "create", "--role", "ingest", "--role", "read")
     assert made.exit_code == 0
     key = made.stdout.strip()
     async with running_server(database_url) as locked:

@@ -1037,7 +1037,7 @@ async def test_notes_beside_a_description_stay(client: Client, http: httpx.Async
 
     async def note(name: str) -> None:
         await database.write(
-            lambda c: metric_store.update_metric(c, "default", metric_id, more_custom_fields={name: name})
+            "default", lambda c: metric_store.update_metric(c, "default", metric_id, more_custom_fields={name: name})
         )
 
     patch = http.patch(f"{ORG}/billableMetric/calls", json={"description": "what it is"})

@@ -746,7 +746,7 @@ async def test_states_are_kept_with_their_times(shop: Client, database: Database
     assert found.status_changes[0].since == made.create_time
     assert times[0] >= began
     assert times[-1] <= datetime.now(UTC)
-    stored = (await database.read(lambda c: store.find_entitlements(c, "default", ["e", "nowhere"])))["e"]
+    stored = (await database.read("default", lambda c: store.find_entitlements(c, "default", ["e", "nowhere"])))["e"]
     tick = timedelta(microseconds=1)
     for status, previous, since in zip(order, [order[0], *order], times, strict=False):
         assert stored.status_at(since).value == stored.status_at(since + tick).value == status
@@ -841,7 +841,7 @@ async def test_every_key_has_one_record_metric(client: Client) -> None:
 async def test_metrics_older_than_record_metrics_get_theirs(shop: Client, database: Database) -> None:
     """The key of a metric that was made when there were no record metrics gets one with the first entitlement."""
     lost = sa.delete(billable_metrics).where(billable_metrics.c.record_key.in_(["traffic", "logins"]))
-    await database.write(lambda c: c.execute(lost))
+    await database.write("default", lambda c: c.execute(lost))
     await create(shop, id="e", **SMALL, billable_metric_keys=["traffic"])
     assert await record_keys(shop) == {"hours": 1, "bytes": 1, "traffic": 1}
     await update(shop, "e", billable_metric_keys=["traffic", "logins"])
@@ -1017,14 +1017,14 @@ async def test_what_is_carried_is_shown_by_get_alone(shop: Client, database: Dat
         {"organization_id": "default", "entitlement_id": "e", "key": key, "carried": Decimal(value)}
         for key, value in carried.items()
     ]
-    await database.write(lambda c: c.execute(sa.insert(entitlement_carries).values(rows)))
+    await database.write("default", lambda c: c.execute(sa.insert(entitlement_carries).values(rows)))
     found = await get(shop, "e")
     assert dict(found.carried_quantities) == {"hours": "0.5", "users": "-12.34", "disks": "0.000000000000000001"}
     assert not (await get(shop, "f")).carried_quantities
     (others,) = await pages_of_entitlements(shop, 0)
     again, updated = await create(shop, id="e", **SMALL), await update(shop, "e", name="N")
     assert not any(one.carried_quantities for one in (*others, again, updated))
-    assert await database.read(lambda c: store.find_entitlements(c, "default", [])) == {}
+    assert await database.read("default", lambda c: store.find_entitlements(c, "default", [])) == {}
 
 
 # --- Races

@@ -32,6 +32,7 @@ from metering.v1 import (
 )
 from service.auth import new_api_key
 from service.backfill import Backfill
+from service.config import Load
 from service.database import Database
 from service.domain.events import NESTING_MAX, TimeLimits
 from service.errors import Reason
@@ -383,7 +384,7 @@ async def test_another_organization_is_forbidden(database_url: str, database: Da
 
 async def test_overload(database_url: str, database: Database) -> None:
     """Beyond its byte budget the server refuses at once and says when to retry; a single call is never too large."""
-    async with running_server(database_url, request_bytes_max=1000) as client:
+    async with running_server(database_url, load=Load(request_bytes_max=1000)) as client:
         large = [event(f"e{i}", properties={"x": "y" * 500}) for i in range(10)]
         async with database.engine.begin() as connection:
             await organizations.lock_exclusive(connection, "default")

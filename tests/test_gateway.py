@@ -39,7 +39,7 @@ from metering.v1 import (
 from service.auth import new_api_key
 from service.cli import main
 from service.cli.gateway import gateway as gateway_command
-from service.config import Config
+from service.config import Config, Load
 from service.database import Database
 from service.gateway import GatewayError, configuration, find_envoy, gateway
 from service.server import COMPAT_SERVICES, CannotServe, serving
@@ -952,7 +952,10 @@ async def test_what_may_be_tried_again(
     for path, status in (("/v1/customers/x", 400), (f"/v1/customers/{UNKNOWN}", 404)):
         answer = await is_refused(http, "GET", path, status)
         assert not {"x-should-retry", "retry-after"} & set(answer.headers)
-    async with running_server(database_url, request_bytes_max=1000) as small, fronted(small.address) as hurried:
+    async with (
+        running_server(database_url, load=Load(request_bytes_max=1000)) as small,
+        fronted(small.address) as hurried,
+    ):
         async with database.engine.begin() as connection:
             await organizations.lock_exclusive(connection, "default")
             first = asyncio.ensure_future(hurried.post("/v1/ingest", json=events_of("first")))

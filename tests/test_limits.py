@@ -1,6 +1,7 @@
 """What one caller can take from the others, and what a database's own settings can change: nothing that matters."""
 
 import asyncio
+import functools
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -38,7 +39,7 @@ async def test_isolation_does_not_depend_on_the_database(database_url: str) -> N
     query = sa.select(
         sa.func.current_setting("transaction_isolation"), sa.func.current_setting("transaction_read_only")
     )
-    for run in (database.write, database.background):
+    for run in (functools.partial(database.write, "default"), database.background):
         assert tuple((await run(lambda c: c.execute(query))).one()) == ("read committed", "off")
     await database.close()
 

@@ -39,6 +39,7 @@ from metronome import (
 
 from metering.v1 import billable_metric_pb2, customer_pb2, event_pb2, usage_pb2
 from service.auth import new_api_key
+from service.config import Load
 from service.database import Database
 from service.domain.windows import EARLIEST, LATEST, WindowFaults, Windows, WindowSize, widened
 from service.ingest import Ingest
@@ -977,7 +978,7 @@ async def test_a_full_server_asks_to_come_again(database_url: str, monkeypatch: 
         return await original(*args, **fields)
 
     monkeypatch.setattr(Ingest, "ingest", slow)
-    settings = {"request_bytes_max": 500}
+    settings = {"load": Load(request_bytes_max=500)}
     async with running_server(database_url, **settings) as client, running_gateway(client.address) as url:
         with program(url) as sdk:
             first = asyncio.create_task(call(sdk.v1.usage.ingest, usage=[sent("a", event_type="x" * 100)]))

@@ -1589,7 +1589,7 @@ async def test_pages_of_a_million_groups_are_quick(million: Shelf) -> None:
             times = []
             for _ in range(5):
                 began = time.perf_counter()
-                await million.database.read(partial(page, million.query(asked, "all"), after, limit))
+                await million.database.read("default", partial(page, million.query(asked, "all"), after, limit))
                 times.append((time.perf_counter() - began) * 1000)
             shown.append(f"{statistics.median(times):7.1f}")
             # Nobody waits for ever, whatever else the machine does.

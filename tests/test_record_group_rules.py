@@ -40,6 +40,7 @@ from service.database import Database
 from service.domain.entitlements import Dimension, Entitlement, EntitlementStatus, StatusChange
 from service.domain.partners import DEFAULT_RULES, SKEW, Partner, with_changes
 from service.domain.record_groups import Circumstances, NewGroup, violations
+from service.domain.roles import Role
 from service.errors import Reason
 from service.postgres import EmbeddedPostgres
 from service.store import organizations
@@ -1404,7 +1405,8 @@ async def test_only_administrators_skip_the_rules(database_url: str, database: D
     async with database.engine.begin() as connection:
         await organizations.create_organization(connection, "one")
         for is_admin, key in keys.items():
-            await organizations.create_api_key(connection, "one", key.id, "k", key.secret_hash, is_admin=is_admin)
+            roles = (Role.ADMIN,) if is_admin else (Role.INGEST, Role.READ)
+            await organizations.create_api_key(connection, "one", key.id, "k", key.secret_hash, roles)
     forbidden = [("SKIP_VALIDATION_FORBIDDEN", "meta_info.skip_validation")]
     async with running_server(database_url) as server:
         admin, other = (

@@ -128,8 +128,8 @@ async def test_changes_of_records_are_told(client: Client) -> None:
 async def test_record_metrics_without_records_are_not_among_all(client: Client, database: Any) -> None:
     """However many keys there are, a query of all metrics regards those under which something was reported."""
     await sell(client)
-    countable = await database.read(lambda c: metric_store.countable_metrics(c, "default", None))
+    countable = await database.read("default", lambda c: metric_store.countable_metrics(c, "default", None))
     assert countable == []
     await reported(client, group("g"))
-    countable = await database.read(lambda c: metric_store.countable_metrics(c, "default", None))
+    countable = await database.read("default", lambda c: metric_store.countable_metrics(c, "default", None))
     assert [metric.record_key for metric in countable] == ["cpu"]

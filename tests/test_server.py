@@ -29,7 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from metering.v1 import event_pb2, usage_record_group_pb2
 from service import postgres as supervisor
-from service.cli import COMMANDS, main, operate
+from service.cli import COMMANDS, main, serve
 from service.config import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Config
 from service.database import Database
 from service.domain.partners import with_changes
@@ -654,8 +654,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     async def run_server(config: Config, _ready: Callable[[list[str], str | None], None]) -> None:
         found.config, found.loop = config, type(asyncio.get_running_loop())
 
-    monkeypatch.setattr(operate, "run_server", run_server)
-    monkeypatch.setattr(operate, "log_to_stderr", lambda _level: None)
+    monkeypatch.setattr(serve, "run_server", run_server)
+    monkeypatch.setattr(serve, "log_to_stderr", lambda _level: None)
     for name in os.environ:
         if name.startswith("METERING_"):
             monkeypatch.delenv(name)
@@ -675,8 +675,30 @@ SETTINGS: list[tuple[str, str, str, Any]] = [
     ("max-event-age", "48", "1", timedelta(hours=48)),
     ("max-event-lead", "0.5", "1", timedelta(minutes=30)),
     ("strict-compat-windows", "1", "", True),
+    ("max-calls", "7", "8", 7),
+    ("max-calls-per-org", "7", "8", 7),
+    ("max-streams", "7", "8", 7),
+    ("max-streams-per-org", "7", "8", 7),
+    ("max-connections", "7", "8", 7),
+    ("max-request-bytes", "5000", "6000", 5000),
+    ("max-message-bytes", "5000", "6000", 5000),
+    ("ingest-rate", "0.5", "8", 0.5),
+    ("ingest-queue", "7", "8", 7),
+    ("statement-timeout", "7", "8", timedelta(seconds=7)),
+    ("connection-age", "0", "8", None),
+    ("keepalive", "0.5", "8", timedelta(seconds=0.5)),
+    ("keepalive-timeout", "0.5", "8", timedelta(seconds=0.5)),
+    ("ping-interval", "0.5", "8", timedelta(seconds=0.5)),
     ("partner-rule", "AWS.window_hours=6", "GCP.places=2", with_changes(["AWS.window_hours=6"])),
 ]
+
+
+LOAD = {flag: field for flag, field, *_ in serve._LOAD}
+# These make sense together only, and have a test of their own.
+TOGETHER = {
+    *("tls-cert", "tls-key", "tls-client-ca", "tls-clients"),
+    *("jwt-issuer", "jwt-audience", "jwt-keys", "jwt-algorithm", "jwt-org-claim", "jwt-roles-claim"),
+}
 
 
 def setting(config: Config | None, flag: str) -> Any:
@@ -686,6 +708,8 @@ def setting(config: Config | None, flag: str) -> Any:
         return config.partner_rules
     if flag.startswith("max-event"):
         return config.time_limits.ahead if flag == "max-event-lead" else config.time_limits.oldest
+    if flag in LOAD:
+        return getattr(config.load, LOAD[flag])
     return getattr(config, flag.replace("-", "_"))
 
 
@@ -709,10 +733,10 @@ def test_every_flag_has_its_variable(
 
 def test_no_flag_is_without_a_test() -> None:
     """The table above has every option of `metering serve`, and each names its variable in the help."""
-    found = operate.serve.params
-    assert {one.opts[0].removeprefix("--") for one in found} == {flag for flag, *_ in SETTINGS}
+    found = serve.serve.params
+    assert {one.opts[0].removeprefix("--") for one in found} == {flag for flag, *_ in SETTINGS} | TOGETHER
     for one in found:
-        assert one.envvar == f"METERING_{one.name.upper()}"  # type: ignore[union-attr]
+        assert one.envvar == f"METERING_{one.opts[0].removeprefix('--').upper().replace('-', '_')}"  # type: ignore[union-attr]
 
 
 def test_defaults(recorded: Recorded) -> None:
@@ -799,13 +823,14 @@ def test_organizations_and_keys(database_url: str) -> None:
 
 
 async def test_a_key_need_not_be_an_administrators(database_url: str) -> None:
-    """With --no-admin its calls may not skip validation, and the list says so; without it they may."""
+    """With other roles its calls may not skip validation, and the list says so; without any said they may."""
     where = ("--database-url", database_url)
     made = [
-        (await asyncio.to_thread(metering, "keys", "create", *flags, *where)).strip() for flags in ((), ("--no-admin",))
+        (await asyncio.to_thread(metering, "keys", "create", *flags, *where)).strip()
+        for flags in ((), ("--role", "read", "--role", "ingest"))
     ]
     listed = (await asyncio.to_thread(metering, "keys", "list", *where)).splitlines()
-    assert ["not admin" in line for line in listed] == [False, True]
+    assert [line.split("  ")[3] for line in listed] == ["admin", "ingest,read"]
     request = usage_record_group_pb2.BatchValidateUsageRecordGroupsRequest(
         groups=[{"entitlement_id": "e", "records": {"cpu": "1"}, "meta_info": {"skip_validation": True}}]
     )

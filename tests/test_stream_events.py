@@ -17,6 +17,7 @@ from streaming import NARROW, Proxy, Watched, connected, random_cut, received, w
 
 from metering.v1 import error_reason_pb2, event_pb2
 from service.auth import TRUST_S, new_api_key
+from service.config import Load
 from service.database import Database
 from service.rpc.events import UNANSWERED_BATCHES_MAX, UNANSWERED_BYTES_MAX
 from service.store import organizations
@@ -210,7 +211,7 @@ def unknown_field(size: int) -> bytes:
 
 async def test_little_room_slows_and_does_not_refuse(database_url: str) -> None:
     """On a server with hardly any room for requests a stream goes on, batch by batch."""
-    async with watched(database_url, request_bytes_max=1_000) as server:
+    async with watched(database_url, load=Load(request_bytes_max=1_000)) as server:
         batches = [batch(i, *(event(properties={"x": "y" * 100}) for _ in range(20))) for i in range(1, 31)]
         answers, fault = await sent(server.client, batches)
         assert fault is None

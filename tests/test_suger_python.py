@@ -46,6 +46,7 @@ from test_examples import Unavailable, build, download, find_python, need, run
 from metering.v1 import billable_metric_pb2, customer_pb2, entitlement_pb2, usage_pb2, usage_record_group_pb2
 from service.auth import new_api_key
 from service.database import Database
+from service.domain.roles import Role
 from service.domain.windows import cell_floor
 from service.store import organizations
 from service.store.tables import usage_record_groups
@@ -1169,7 +1170,9 @@ async def test_only_administrators_skip_validation(database_url: str, database: 
     async with closed(database_url, database, "one") as (url, client, sdks):
         key = new_api_key()
         async with database.engine.begin() as connection:
-            await organizations.create_api_key(connection, "one", key.id, "low", key.secret_hash, is_admin=False)
+            await organizations.create_api_key(
+                connection, "one", key.id, "low", key.secret_hash, {Role.INGEST, Role.READ}
+            )
         await create_calls(sdks["one"])
         await prepare(client, sdks["one"])
         low = Suger(url, key.text, org="one")

@@ -86,7 +86,7 @@ class Book:
     async def void(self, ids: Iterable[str]) -> None:
         """Void events."""
         wanted = list(ids)
-        await self.database.write(functools.partial(voiding, ids=wanted))
+        await self.database.write("default", functools.partial(voiding, ids=wanted))
         self.voided |= set(wanted)
 
     async def check(self) -> None:
@@ -241,7 +241,7 @@ async def held_void(book: Book, ids: Sequence[str]) -> AsyncIterator[Brake]:
         await voiding(connection, ids=ids)
         await brake.wait()
 
-    task = asyncio.create_task(book.database.write(work))
+    task = asyncio.create_task(book.database.write("default", work))
     await asyncio.wait_for(brake.reached.wait(), 20)
     try:
         yield brake
@@ -388,8 +388,8 @@ async def test_only_what_is_named_is_voided(book: Book) -> None:
     Would catch a condition that an empty list or a missing organization turns into "all".
     """
     await book.ingest(drawn(random.Random(7), 30))
-    await book.database.write(functools.partial(voiding, ids=["nobody's", "e", ""]))
-    await book.database.write(functools.partial(voiding, ids=[]))
+    await book.database.write("default", functools.partial(voiding, ids=["nobody's", "e", ""]))
+    await book.database.write("default", functools.partial(voiding, ids=[]))
     await book.check()
 
     async def elsewhere(connection: AsyncConnection) -> None:
@@ -398,7 +398,7 @@ async def test_only_what_is_named_is_voided(book: Book) -> None:
         ids = [one.transaction_id for one in book.stored]
         await event_store.void_events(connection, "another", ids, metrics)
 
-    await book.database.write(elsewhere)
+    await book.database.write("default", elsewhere)
     await book.check()
 
 
@@ -414,7 +414,7 @@ async def test_what_does_not_commit_is_not_voided(book: Book) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await book.database.write(work)
+        await book.database.write("default", work)
     await book.check()
 
 

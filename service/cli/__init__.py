@@ -14,13 +14,14 @@ CLIENT_COMMANDS = {
     "health": ("service.cli.health:health", "Ask whether the server and its services can answer."),
 }
 OPERATOR_COMMANDS = {
-    "serve": ("service.cli.operate:serve", "Run the server."),
+    "serve": ("service.cli.serve:serve", "Run the server."),
     "gateway": ("service.cli.gateway:gateway", "Run Envoy in front of a server, for Metronome's and Suger's SDKs."),
     "migrate": ("service.cli.operate:migrate", "Bring the database to this version's tables."),
     "verify": ("service.cli.operate:verify", "Compare stored aggregates with the raw events."),
     "report": ("service.cli.operate:report", "Make an hour's reports for the cloud marketplaces now."),
     "orgs": ("service.cli.operate:orgs", "Make and list organizations."),
     "keys": ("service.cli.operate:keys", "Make, list and revoke API keys."),
+    "limits": ("service.cli.limits:limits", "Show what a request may hold, and how to change it."),
     "demo": ("service.cli.demo:demo", "Show the whole path, from events to usage, in one run."),
 }
 COMMANDS = CLIENT_COMMANDS | OPERATOR_COMMANDS

@@ -1,4 +1,4 @@
-"""The operator's commands: run the server, prepare and check its database, make reports, organizations, API keys."""
+"""The operator's commands beside `serve`: prepare and check the database, make reports, organizations, API keys."""
 
 import asyncio
 import itertools
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,17 +16,16 @@ import sqlalchemy as sa
 import structlog
 
 from service.auth import new_api_key
-from service.config import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Config
+from service.config import DEFAULT_DATA_DIR, Config
 from service.database import DATABASE_ERRORS, BadDatabaseUrl, Database, UnsafeDatabase
-from service.domain.events import TimeLimits
 from service.domain.partners import BadRule, Rules, with_changes
+from service.domain.roles import Role
 from service.errors import MeteringError, Unavailable
 from service.gateway import GatewayError
 from service.migrations import upgrade
 from service.postgres import PostgresError, running_url
 from service.reporting import last_hour, roll_up_hour
-from service.server import Addresses, CannotServe, open_database
-from service.server import serve as run_server
+from service.server import CannotServe, open_database
 from service.store import organizations
 from service.store.organizations import DEFAULT_ORGANIZATION
 from service.store.roll_up import Waiting, waiting_entitlements
@@ -35,10 +34,11 @@ from service.verify import FINDINGS_MAX, Finding, verify_cells
 Result = TypeVar("Result")
 
 _FAILED_SHOWN = 10
-_EPILOG = "Options can be set by environment variables too, METERING_ and the option's name; the flag wins."
+EPILOG = "Options can be set by environment variables too, METERING_ and the option's name; the flag wins."
 
 
-def _database_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def database_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where the database is."""
     options = (
         click.option(
             "--database-url",
@@ -71,7 +71,7 @@ def _read_partner_rules(_ctx: click.Context, _param: click.Parameter, changes: t
         raise click.BadParameter(str(error)) from error
 
 
-_partner_rule_option = click.option(
+partner_rule_option = click.option(
     "--partner-rule",
     envvar="METERING_PARTNER_RULE",
     multiple=True,
@@ -81,114 +81,8 @@ _partner_rule_option = click.option(
 )
 
 
-@click.command(epilog=_EPILOG)
-@click.option(
-    "--listen",
-    envvar="METERING_LISTEN",
-    multiple=True,
-    default=(DEFAULT_ADDRESS,),
-    show_default=True,
-    help="host:port or unix:/path; repeatable (several in the variable: divided by blanks). Port 0 = a free one.",
-)
-@click.option(
-    "--gateway",
-    envvar="METERING_GATEWAY",
-    metavar="HOST:PORT",
-    help="Also run Envoy there, which answers Metronome's and Suger's SDKs in JSON (extra `gateway`).",
-)
-@_database_options
-@click.option("--migrate", envvar="METERING_MIGRATE", is_flag=True, help="Run `metering migrate` first.")
-@click.option(
-    "--max-event-age",
-    envvar="METERING_MAX_EVENT_AGE",
-    type=click.FloatRange(min=0),
-    help="Refuse new events older than this many hours. Default: any age is taken.",
-)
-@click.option(
-    "--max-event-lead",
-    envvar="METERING_MAX_EVENT_LEAD",
-    type=click.FloatRange(min=0, max=24 * 366),
-    default=24.0,
-    show_default=True,
-    help="Refuse new events this many hours ahead of the clock.",
-)
-@_partner_rule_option
-@click.option(
-    "--drain",
-    envvar="METERING_DRAIN",
-    type=click.FloatRange(min=0),
-    default=20.0,
-    show_default=True,
-    help="Seconds that calls in flight may go on after SIGTERM.",
-)
-@click.option(
-    "--stream-stall",
-    envvar="METERING_STREAM_STALL",
-    type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    show_default=True,
-    help="Seconds after which a stream ends whose client does not take the next message.",
-)
-@click.option(
-    "--strict-compat-windows",
-    envvar="METERING_STRICT_COMPAT_WINDOWS",
-    is_flag=True,
-    help="Refuse bounds of Metronome's usage calls that are not those of windows, instead of widening them.",
-)
-@click.option(
-    "--allow-unsafe-database",
-    envvar="METERING_ALLOW_UNSAFE_DATABASE",
-    is_flag=True,
-    help="Serve a database that can lose acknowledged events (fsync off). For tests only.",
-)
-def serve(
-    listen: tuple[str, ...],
-    gateway: str | None,
-    database_url: str | None,
-    data_dir: Path,
-    pg_bin: str | None,
-    migrate: bool,
-    max_event_age: float | None,
-    max_event_lead: float,
-    partner_rule: Rules,
-    drain: float,
-    stream_stall: float,
-    strict_compat_windows: bool,
-    allow_unsafe_database: bool,
-) -> None:
-    """Run the server until SIGTERM or Ctrl-C.
-
-    With no options it keeps its data in an embedded Postgres and listens on loopback. Without any API key every caller
-    is an administrator of the organization `default`, and only loopback and unix sockets are allowed; the first
-    `metering keys create` ends that.
-    """
-    age = None if max_event_age is None else timedelta(hours=max_event_age)
-    config = Config(
-        listen=listen,
-        gateway=gateway,
-        database_url=database_url,
-        data_dir=data_dir,
-        pg_bin=pg_bin,
-        migrate=migrate,
-        allow_unsafe_database=allow_unsafe_database,
-        drain=timedelta(seconds=drain),
-        stream_stall=timedelta(seconds=stream_stall),
-        time_limits=TimeLimits(ahead=timedelta(hours=max_event_lead), oldest=age),
-        partner_rules=partner_rule,
-        strict_compat_windows=strict_compat_windows,
-    )
-
-    def ready(addresses: Addresses) -> None:
-        click.echo(f"metering is ready on {' '.join(addresses)}")
-        if addresses.gateway is not None:
-            click.echo(f"JSON for the SDKs is ready on http://{addresses.gateway.address}")
-
-    log_to_stderr(logging.INFO)
-    run(run_server(config, ready))
-
-
-@click.command(epilog=_EPILOG)
-@_database_options
+@click.command(epilog=EPILOG)
+@database_options
 def migrate(database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
     """Bring the database to this version's tables. Safe to repeat, and to run beside servers and other migrations."""
 
@@ -200,7 +94,7 @@ def migrate(database_url: str | None, data_dir: Path, pg_bin: str | None) -> Non
 
 
 @click.command()
-@_database_options
+@database_options
 @click.option("--org", help="Only this organization. Default: all.")
 @click.option("--metric", "metric_id", type=click.UUID, help="Only this billable metric. Default: all.")
 @click.option("--from", "start", type=click.DateTime(), help="From this UTC time on. Default: the first event.")
@@ -243,15 +137,15 @@ def verify(
         raise SystemExit(1)
 
 
-@click.command(epilog=_EPILOG)
+@click.command(epilog=EPILOG)
 @click.option(
     "--hour",
     type=click.DateTime(["%Y-%m-%dT%H", "%Y-%m-%dT%HZ", "%Y-%m-%dT%H:00Z", "%Y-%m-%dT%H:00:00Z"]),
     metavar="YYYY-MM-DDTHH",
     help="The UTC hour, such as 2026-01-31T10. Default: the one that ended last.",
 )
-@_partner_rule_option
-@_database_options
+@partner_rule_option
+@database_options
 def report(
     hour: datetime | None, partner_rule: Rules, database_url: str | None, data_dir: Path, pg_bin: str | None
 ) -> None:
@@ -304,7 +198,7 @@ def orgs() -> None:
 
 @orgs.command("create")
 @click.argument("name")
-@_database_options
+@database_options
 def create_org(name: str, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
     """Make an organization; its name is its id: 1..63 of a-z, 0-9 and -, beginning with a letter."""
     if not _is_organization_name(name):
@@ -313,17 +207,17 @@ def create_org(name: str, database_url: str | None, data_dir: Path, pg_bin: str 
         database_url,
         data_dir,
         pg_bin,
-        lambda database: database.write(lambda c: organizations.create_organization(c, name)),
+        lambda database: database.background(lambda c: organizations.create_organization(c, name)),
     )
     click.echo(f"Organization {name} {'created' if created else 'exists already'}.")
 
 
 @orgs.command("list")
-@_database_options
+@database_options
 def list_orgs(database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
     """List every organization."""
     for name in _with_database(
-        database_url, data_dir, pg_bin, lambda database: database.read(organizations.list_organizations)
+        database_url, data_dir, pg_bin, lambda database: database.background(organizations.list_organizations)
     ):
         click.echo(name)
 
@@ -337,20 +231,41 @@ def keys() -> None:
 @click.option("--org", default=DEFAULT_ORGANIZATION, show_default=True, help="The organization that its calls act for.")
 @click.option("--name", default="", help="For people: who holds it.")
 @click.option(
-    "--admin/--no-admin",
-    default=True,
+    "--role",
+    "roles",
+    type=click.Choice([role.value for role in Role]),
+    multiple=True,
+    default=(Role.ADMIN.value,),
     show_default=True,
-    help="Whether its callers are administrators: only they may report usage records without validation.",
+    help="What its callers may do: send usage, read, or everything; repeatable.",
 )
-@_database_options
-def create_key(org: str, name: str, admin: bool, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
+@click.option(
+    "--expires",
+    type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]),
+    help="The UTC time from which on it is not valid any more. Default: never.",
+)
+@database_options
+def create_key(
+    org: str,
+    name: str,
+    roles: tuple[str, ...],
+    expires: datetime | None,
+    database_url: str | None,
+    data_dir: Path,
+    pg_bin: str | None,
+) -> None:
     """Make an API key and print it, once: only a hash of it is kept."""
     key = new_api_key()
+    until = None if expires is None else expires.replace(tzinfo=UTC)
+    if until is not None and until <= datetime.now(UTC):
+        raise click.BadParameter("the key would have expired already", param_hint="--expires")
 
     async def work(database: Database) -> None:
         try:
-            await database.write(
-                lambda c: organizations.create_api_key(c, org, key.id, name, key.secret_hash, is_admin=admin)
+            await database.background(
+                lambda c: organizations.create_api_key(
+                    c, org, key.id, name, key.secret_hash, frozenset(map(Role, roles)), until
+                )
             )
         except sa.exc.IntegrityError as error:
             raise click.ClickException(f"There is no organization {org!r}; see `metering orgs list`.") from error
@@ -362,28 +277,36 @@ def create_key(org: str, name: str, admin: bool, database_url: str | None, data_
 
 @keys.command("list")
 @click.option("--org", default=DEFAULT_ORGANIZATION, show_default=True, help="The organization.")
-@_database_options
+@database_options
 def list_keys(org: str, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
     """List an organization's API keys by their public ids."""
+    now = datetime.now(UTC)
     for key in _with_database(
-        database_url, data_dir, pg_bin, lambda database: database.read(lambda c: organizations.list_api_keys(c, org))
+        database_url,
+        data_dir,
+        pg_bin,
+        lambda database: database.background(lambda c: organizations.list_api_keys(c, org)),
     ):
-        state = f"revoked {key.revoked_at:%Y-%m-%d %H:%M}Z" if key.revoked_at else "active"
-        role = "" if key.is_admin else "  not admin"
-        click.echo(f"{key.id}  created {key.created_at:%Y-%m-%d %H:%M}Z  {state}{role}  {key.name}".rstrip())
+        state = "active"
+        if key.revoked_at is not None:
+            state = f"revoked {key.revoked_at:%Y-%m-%d %H:%M}Z"
+        elif key.expires_at is not None:
+            state = f"{'expires' if key.expires_at > now else 'expired'} {key.expires_at:%Y-%m-%d %H:%M}Z"
+        roles = ",".join(sorted(key.roles))
+        click.echo(f"{key.id}  created {key.created_at:%Y-%m-%d %H:%M}Z  {state}  {roles}  {key.name}".rstrip())
 
 
 @keys.command("revoke")
 @click.argument("key_id")
 @click.option("--org", default=DEFAULT_ORGANIZATION, show_default=True, help="The organization.")
-@_database_options
+@database_options
 def revoke_key(key_id: str, org: str, database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
     """Revoke an API key by its public id; every server refuses it within seconds. Cannot be undone."""
     if not _with_database(
         database_url,
         data_dir,
         pg_bin,
-        lambda database: database.write(lambda c: organizations.revoke_api_key(c, org, key_id)),
+        lambda database: database.background(lambda c: organizations.revoke_api_key(c, org, key_id)),
     ):
         raise click.ClickException(f"Organization {org!r} has no key {key_id!r}; see `metering keys list`.")
     click.echo(f"Key {key_id} is revoked.")

@@ -5,11 +5,34 @@ import uuid
 from collections.abc import Mapping
 
 from service.errors import Reason, Violation
+from service.limits import limit
 
-IDENTIFIER_MAX = 128
-NAME_MAX = 160
-TEXT_BYTES_MAX = 1024
-CUSTOM_FIELDS_MAX = 64
+# An index entry may have 2,700 bytes. At most it holds an identifier, of 4 bytes a character, beside an organization
+# (63), the id of an entitlement (144) and some 60 bytes of ids, digests and times.
+IDENTIFIER_MAX = limit(
+    "IDENTIFIER_CHARACTERS",
+    128,
+    most=256,
+    about="characters of the id of an event, a customer key, an event type, a key or name that metrics and records use",
+    field="customer.ingest_aliases[0]",
+)
+NAME_MAX = limit(
+    "NAME_CHARACTERS",
+    160,
+    most=256,
+    about="characters of the name of a customer, metric, product or entitlement",
+    field="customer.name",
+)
+TEXT_BYTES_MAX = limit(
+    "TEXT_BYTES",
+    1024,
+    most=4096,
+    about="bytes of UTF-8 of a text: in properties, filters, custom fields and meta_info",
+    field="customer.custom_fields.note",
+)
+CUSTOM_FIELDS_MAX = limit(
+    "CUSTOM_FIELDS", 64, most=64, about="custom fields of a customer or metric", field="customer.custom_fields"
+)
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -30,7 +53,7 @@ def identifier(field: str, value: str, *, most: int = IDENTIFIER_MAX) -> Violati
 
 
 def text(field: str, value: str) -> Violation | None:
-    """Check free text: at most 1,024 bytes of UTF-8, no NUL (Postgres cannot store one)."""
+    """Check free text: its bytes of UTF-8, and no NUL (Postgres cannot store one)."""
     if len(value) > TEXT_BYTES_MAX or (not value.isascii() and len(value.encode()) > TEXT_BYTES_MAX):
         return Violation(field, Reason.LIMIT_EXCEEDED, f"is longer than {TEXT_BYTES_MAX} bytes of UTF-8")
     if "\0" in value:
@@ -39,7 +62,7 @@ def text(field: str, value: str) -> Violation | None:
 
 
 def custom_fields(field: str, values: Mapping[str, str]) -> list[Violation]:
-    """Check a map of the caller's notes: at most 64 entries, names as identifiers, values as text."""
+    """Check a map of the caller's notes: not too many entries, names as identifiers, values as text."""
     if len(values) > CUSTOM_FIELDS_MAX:
         message = f"has {len(values)} entries; at most {CUSTOM_FIELDS_MAX} are allowed"
         return [Violation(field, Reason.LIMIT_EXCEEDED, message)]

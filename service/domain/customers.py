@@ -10,8 +10,9 @@ from datetime import date, datetime, timedelta
 from service.domain import checks
 from service.domain.metrics import content_digest
 from service.errors import Reason, Violation
+from service.limits import limit
 
-ALIASES_MAX = 2_000
+ALIASES_MAX = limit("ALIASES", 2_000, most=2_000, about="ingest aliases of a customer", field="customer.ingest_aliases")
 BUYER_ID_MAX = 36
 # Billing dates keep clear of the ends of the calendar so that stepping from them never leaves it.
 YEAR_MIN, YEAR_MAX = 1900, 9000

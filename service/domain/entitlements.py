@@ -12,10 +12,19 @@ from service.domain import checks
 from service.domain.metrics import content_digest
 from service.domain.partners import Partner
 from service.errors import Reason, Violation
+from service.limits import limit
 
 ID_MAX = 36
-DIMENSIONS_MAX = 200
-METRIC_KEYS_MAX = 200
+DIMENSIONS_MAX = limit(
+    "DIMENSIONS", 200, most=200, about="dimensions of a product or entitlement", field="product.dimensions"
+)
+METRIC_KEYS_MAX = limit(
+    "METRIC_KEYS",
+    200,
+    most=200,
+    about="billable metric keys of an entitlement",
+    field="entitlement.billable_metric_keys",
+)
 STATUS_CHANGES_MAX = 100
 
 

@@ -10,15 +10,51 @@ from typing import NamedTuple
 from service.domain import checks
 from service.domain.windows import EARLIEST, LATEST
 from service.errors import Reason, Violation
+from service.limits import limit
 
-EVENTS_MAX = 10_000
-# Transaction ids that one search may name.
-IDS_MAX = 1_000
-PROPERTIES_MAX = 64
-PROPERTIES_BYTES_MAX = 16 * 1024
+EVENTS_MAX = limit(
+    "EVENTS_PER_CALL",
+    10_000,
+    most=10_000,
+    about="events of one IngestEvents call or one batch of StreamEvents, and records of all groups of one call",
+    field="events",
+)
+# What calls that wait together may have in one transaction.
+MERGED_EVENTS_MAX = 10_000
+IDS_MAX = limit(
+    "TRANSACTION_IDS_PER_SEARCH",
+    1_000,
+    most=1_000,
+    about="transaction ids of one SearchEvents call",
+    field="transaction_ids",
+)
+PROPERTIES_MAX = limit(
+    "PROPERTIES",
+    64,
+    most=256,
+    about="properties of an event or a billable record",
+    field="events[0].properties",
+    error="REJECTED, LIMIT_EXCEEDED",
+)
+# Whoever raises this must look at the size of page tokens, which can hold the values of a group.
+PROPERTIES_BYTES_MAX = limit(
+    "PROPERTIES_BYTES",
+    16 * 1024,
+    most=16 * 1024,
+    about="bytes of the properties of an event or a billable record, as JSON",
+    field="events[0].properties",
+    error="REJECTED, LIMIT_EXCEEDED",
+)
 # Objects and lists in each other. What can be sent must be shown again inside of more messages, and protobuf's readers
 # take no more than a hundred, of which an object takes three.
-NESTING_MAX = 25
+NESTING_MAX = limit(
+    "NESTING_LEVELS",
+    25,
+    most=25,
+    about="objects and lists in each other in a property",
+    field="events[0].properties",
+    error="REJECTED, LIMIT_EXCEEDED",
+)
 # An event is told this many of its faults.
 VIOLATIONS_MAX = 5
 # Ids that the service itself gives to events it makes out of usage record groups.

@@ -11,18 +11,51 @@ from hashlib import blake2b
 from service.domain import checks
 from service.domain.events import EventSource
 from service.errors import Reason, Violation
+from service.limits import limit
 
-VALUES_MAX = 1_000
-FILTERS_MAX = 32
-GROUP_KEYS_MAX = 10
-GROUP_KEY_PROPERTIES_MAX = 10
-DEFINITION_BYTES_MAX = 128 * 1024
+VALUES_MAX = limit(
+    "FILTER_VALUES",
+    1_000,
+    most=1_000,
+    about="values of one list of a metric's filters",
+    field="billable_metric.property_filters[0].in_values",
+)
+FILTERS_MAX = limit(
+    "FILTERS", 32, most=32, about="property filters of a metric", field="billable_metric.property_filters"
+)
+GROUP_KEYS_MAX = limit("GROUP_KEYS", 10, most=10, about="group keys of a metric", field="billable_metric.group_keys")
+GROUP_KEY_PROPERTIES_MAX = limit(
+    "GROUP_KEY_PROPERTIES",
+    10,
+    most=10,
+    about="properties of a group key, and of the filters of a grouped query",
+    field="billable_metric.group_keys[0].properties",
+)
+DEFINITION_BYTES_MAX = limit(
+    "METRIC_BYTES",
+    128 * 1024,
+    most=128 * 1024,
+    about="bytes of the definition of a metric, with its custom fields, as JSON",
+    field="billable_metric",
+)
 # Every metric of an organization, archived ones too (not record metrics), is part of the one statement that counts its
 # events. Postgres takes 32,767 values in a statement, and every metric costs each batch time.
-METRICS_MAX = 500
+METRICS_MAX = limit(
+    "METRICS",
+    500,
+    most=500,
+    about="metrics of an organization, archived ones included; fewer if they have many filters and group keys",
+    field="billable_metric",
+)
 WEIGHT_MAX = 30_000
-# Keys that usage records may have, and with them record metrics.
-RECORD_KEYS_MAX = 5_000
+# Keys that usage records may have, and with them record metrics. A report has a line for each: see LINES_MAX.
+RECORD_KEYS_MAX = limit(
+    "RECORD_KEYS",
+    5_000,
+    most=5_000,
+    about="keys that the usage records of an organization have: of its dimensions and metrics",
+    field="product.dimensions",
+)
 
 
 class Aggregation(enum.Enum):

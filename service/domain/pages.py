@@ -9,11 +9,32 @@ from hashlib import blake2b, sha256
 from typing import Any
 
 from service.errors import InvalidArgument, Reason, Violation, invalid
+from service.limits import limit
 
-PAGE_SIZE_DEFAULT = 100
-PAGE_SIZE_MAX = 1_000
-# Rows that a page may leave out before it begins.
-SKIP_MAX = 1_000_000
+PAGE_SIZE_MAX = limit(
+    "PAGE_SIZE",
+    1_000,
+    most=1_000,
+    about="rows of a page of anything but usage; who asks for more gets as many",
+    field="page_size",
+    error="",
+)
+PAGE_SIZE_DEFAULT = limit(
+    "PAGE_SIZE_DEFAULT",
+    min(100, PAGE_SIZE_MAX),
+    most=PAGE_SIZE_MAX,
+    about="rows of such a page if the call does not say (of usage record groups: PAGE_SIZE)",
+    field="page_size",
+    error="",
+)
+SKIP_MAX = limit(
+    "SKIP",
+    1_000_000,
+    most=1_000_000,
+    about="rows that a page may leave out before it begins",
+    field="skip",
+    error="INVALID_ARGUMENT, FIELD_INVALID",
+)
 _SIGNATURE_BYTES = 16
 # A token may have to name the last group of a page, whose values can be 16 KiB of JSON within JSON.
 _TOKEN_CHARACTERS_MAX = 64 * 1024

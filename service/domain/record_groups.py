@@ -12,22 +12,53 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from service.domain import quantities
+from service.domain import pages, quantities
 from service.domain.entitlements import IN_FORCE, Dimension, Entitlement
 from service.domain.events import EVENTS_MAX
 from service.domain.metrics import BillableMetric, PropertyFilter, content_digest
 from service.domain.partners import SKEW, Partner, PartnerRules, Rules
 from service.errors import Reason, Violation
+from service.limits import limit
 
-GROUPS_MAX = 1_000
-# Records of one group, and of a whole batch: as many as events of one.
-RECORDS_MAX = 200
+GROUPS_MAX = limit("GROUPS_PER_CALL", 1_000, most=1_000, about="usage record groups of one call", field="groups")
+RECORDS_MAX = limit(
+    "RECORDS", 200, most=200, about="records of a group", field="groups[0].records", error="REJECTED, LIMIT_EXCEEDED"
+)
+# Records of a whole batch: as many as events of one.
 BATCH_RECORDS_MAX = EVENTS_MAX
-ALLOCATIONS_MAX = 2_500
-TAGS_MAX = 5
-GROUP_BYTES_MAX = 1024 * 1024
-PAGE_SIZE_MAX = 1_000
-META_FILTER_BYTES_MAX = 4 * 1024
+ALLOCATIONS_MAX = limit(
+    "ALLOCATIONS",
+    2_500,
+    most=2_500,
+    about="allocations of a record",
+    field="groups[0].meta_info.usage_allocations.cpu",
+    error="REJECTED, LIMIT_EXCEEDED",
+)
+TAGS_MAX = limit(
+    "TAGS",
+    5,
+    most=5,
+    about="tags of an allocation",
+    field="groups[0].meta_info.usage_allocations.cpu.allocations[0]",
+    error="REJECTED, ALLOCATION_INVALID",
+)
+GROUP_BYTES_MAX = limit(
+    "GROUP_BYTES",
+    1024 * 1024,
+    most=1024 * 1024,
+    about="bytes of a group",
+    field="groups[0].records",
+    error="REJECTED, LIMIT_EXCEEDED",
+)
+PAGE_SIZE_MAX = pages.PAGE_SIZE_MAX
+META_FILTER_BYTES_MAX = limit(
+    "META_FILTER_BYTES",
+    4 * 1024,
+    most=4 * 1024,
+    about="bytes of a filter on meta_info",
+    field="meta_info",
+    error="INVALID_ARGUMENT, FIELD_INVALID",
+)
 # How many keys or names an error lists.
 _LISTED = 10
 # Digits of a quantity, before and after the point together, and after it.

@@ -10,12 +10,47 @@ from typing import NamedTuple
 
 from service.domain import quantities
 from service.domain.partners import Partner, PartnerRules
+from service.limits import limit
 
-LEASED_DEFAULT = 25
-LEASED_MAX = 100
-LEASE_S_DEFAULT = 300
-LEASE_S_MAX = 3600
-MESSAGE_MAX = 256
+LEASED_MAX = limit(
+    "REPORTS_PER_LEASE",
+    100,
+    most=100,
+    about="reports leased at once; who asks for more gets as many",
+    field="max_reports",
+    error="",
+)
+LEASED_DEFAULT = limit(
+    "REPORTS_PER_LEASE_DEFAULT",
+    min(25, LEASED_MAX),
+    most=LEASED_MAX,
+    about="reports leased at once if the call does not say",
+    field="max_reports",
+    error="",
+)
+LEASE_S_MAX = limit(
+    "LEASE_SECONDS",
+    3_600,
+    most=3_600,
+    about="seconds of a lease",
+    field="lease_duration",
+    error="INVALID_ARGUMENT, FIELD_INVALID",
+)
+LEASE_S_DEFAULT = limit(
+    "LEASE_SECONDS_DEFAULT",
+    min(300, LEASE_S_MAX),
+    most=LEASE_S_MAX,
+    about="seconds of a lease if the call does not say",
+    field="lease_duration",
+    error="",
+)
+MESSAGE_MAX = limit(
+    "OUTCOME_MESSAGE_CHARACTERS",
+    256,
+    most=256,
+    about="characters of what a marketplace said of a record",
+    field="outcomes[0].message",
+)
 # Lines of all reports of one answer, so that no client finds it too large. One report has no more: see RECORD_KEYS_MAX.
 LINES_MAX = 5_000
 

@@ -13,21 +13,58 @@ from service.domain.customers import Customer
 from service.domain.metrics import Aggregation, BillableMetric
 from service.domain.windows import Windows, WindowSize, first_instant, local_date
 from service.errors import FailedPrecondition, Reason, invalid
+from service.limits import limit
 
-WINDOWS_MAX = 10_000_000
-IDS_MAX = 1_000
-GROUP_VALUES_MAX = 200
-PAGE_SIZE_DEFAULT = 1_000
-PAGE_SIZE_MAX = 10_000
+# Queries that leave windows out may span any number: pages and messages are bounded whatever this is.
+WINDOWS_MAX = limit(
+    "WINDOWS_PER_QUERY",
+    10_000_000,
+    most=1_000_000_000,
+    about="windows, or rows by group, of a usage query that leaves none out",
+    field="window_size",
+    error="INVALID_ARGUMENT, WINDOW_COUNT",
+)
+IDS_MAX = limit("IDS_PER_QUERY", 1_000, most=1_000, about="customers, or metrics, that one query names", field="ids")
+GROUP_VALUES_MAX = limit(
+    "GROUP_VALUES",
+    200,
+    most=200,
+    about="values of group_by in a usage query, and values shown of each window if it names none",
+    field="billable_metrics[0].group_by.values",
+)
+PAGE_SIZE_MAX = limit(
+    "USAGE_PAGE_SIZE",
+    10_000,
+    most=10_000,
+    about="windows of a page of usage; who asks for more gets as many",
+    field="page_size",
+    error="",
+)
+PAGE_SIZE_DEFAULT = limit(
+    "USAGE_PAGE_SIZE_DEFAULT",
+    min(1_000, PAGE_SIZE_MAX),
+    most=PAGE_SIZE_MAX,
+    about="windows of a page of usage if the call does not say",
+    field="page_size",
+    error="",
+)
 # A page is cut when its windows reach about this size on the wire.
 PAGE_BYTES_MAX = 1024 * 1024
-# Of the values named in the filters of a grouped query; each combination of them can be a row of every window.
-FILTER_VALUES_MAX = 200
-COMBINATIONS_MAX = 10_000
+FILTER_VALUES_MAX = limit(
+    "GROUP_FILTER_VALUES", 200, most=200, about="values of all filters of a grouped query", field="group_filters"
+)
+# Each combination can be a row of every window.
+COMBINATIONS_MAX = limit(
+    "GROUP_FILTER_COMBINATIONS",
+    10_000,
+    most=10_000,
+    about="combinations of values that the filters of a grouped query name",
+    field="group_filters",
+)
 
 
 class GroupBy(NamedTuple):
-    """Split by one property; no values = the first 200 in byte order."""
+    """Split by one property; no values = the first GROUP_VALUES_MAX in byte order."""
 
     key: str
     values: tuple[str, ...] = ()
@@ -267,7 +304,7 @@ def current_windows(query: GroupedQuery, customer: Customer, now: datetime) -> W
 
 
 def check_row_count(query: GroupedQuery, windows: Windows) -> None:
-    """Refuse a grouped query that must give more than 10 million rows unless it leaves some out."""
+    """Refuse a grouped query that must give more rows than are allowed unless it leaves some out."""
     number = len(windows) * query.combinations
     if number > WINDOWS_MAX and not query.sparse:
         message = (
@@ -278,7 +315,7 @@ def check_row_count(query: GroupedQuery, windows: Windows) -> None:
 
 
 def check_window_count(query: UsageQuery, customers: int, metrics: int) -> None:
-    """Refuse a query that could give more than 10 million windows unless it leaves some out."""
+    """Refuse a query that could give more windows than are allowed unless it leaves some out."""
     number = len(query.windows) * customers * metrics
     if number > WINDOWS_MAX and not query.sparse:
         message = (

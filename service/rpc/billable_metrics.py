@@ -28,7 +28,7 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
     ) -> pb.CreateBillableMetricResponse:
         """See billable_metric.proto."""
         metric, org = wire.new_metric(request.billable_metric), organization()
-        stored = await self._database.write(lambda c: store.create_metric(c, org, metric))
+        stored = await self._database.write(org, lambda c: store.create_metric(c, org, metric))
         if stored.backfilled_until is not None:
             self._backfill_wanted()
         return pb.CreateBillableMetricResponse(billable_metric=wire.metric(stored))
@@ -39,7 +39,7 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
         """See billable_metric.proto."""
         metric_id, org = one_id("id", request.id), organization()
         found = await self._database.read(
-            lambda c: store.get_metric(c, org, metric_id), timeout_s=context.time_remaining()
+            org, lambda c: store.get_metric(c, org, metric_id), timeout_s=context.time_remaining()
         )
         return pb.GetBillableMetricResponse(billable_metric=wire.metric(found))
 
@@ -51,6 +51,7 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
         query_scope = scope("ListBillableMetrics", request)
         state = await self._tokens.decode(query_scope, request.page_token)
         rows = await self._database.read(
+            org,
             lambda c: store.list_metrics(
                 c,
                 org,
@@ -73,7 +74,7 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
         """See billable_metric.proto."""
         metric_id, org = one_id("billable_metric.id", request.billable_metric.id), organization()
         changes = wire.metric_changes(request)
-        stored = await self._database.write(lambda c: store.update_metric(c, org, metric_id, **changes))
+        stored = await self._database.write(org, lambda c: store.update_metric(c, org, metric_id, **changes))
         return pb.UpdateBillableMetricResponse(billable_metric=wire.metric(stored))
 
     async def ArchiveBillableMetric(
@@ -81,5 +82,5 @@ class BillableMetricService(billable_metric_pb2_grpc.BillableMetricServiceServic
     ) -> pb.ArchiveBillableMetricResponse:
         """See billable_metric.proto."""
         metric_id, org = one_id("id", request.id), organization()
-        stored = await self._database.write(lambda c: store.archive_metric(c, org, metric_id))
+        stored = await self._database.write(org, lambda c: store.archive_metric(c, org, metric_id))
         return pb.ArchiveBillableMetricResponse(billable_metric=wire.metric(stored))

@@ -23,14 +23,14 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
     async def CreateCustomer(self, request: pb.CreateCustomerRequest, context: Context) -> pb.CreateCustomerResponse:
         """See customer.proto."""
         customer, org = wire.new_customer(request.customer), organization()
-        stored = await self._database.write(lambda c: store.create_customer(c, org, customer))
+        stored = await self._database.write(org, lambda c: store.create_customer(c, org, customer))
         return pb.CreateCustomerResponse(customer=wire.customer(stored))
 
     async def GetCustomer(self, request: pb.GetCustomerRequest, context: Context) -> pb.GetCustomerResponse:
         """See customer.proto."""
         customer_id, org = one_id("id", request.id), organization()
         found = await self._database.read(
-            lambda c: store.get_customer(c, org, customer_id), timeout_s=context.time_remaining()
+            org, lambda c: store.get_customer(c, org, customer_id), timeout_s=context.time_remaining()
         )
         return pb.GetCustomerResponse(customer=wire.customer(found))
 
@@ -42,6 +42,7 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
         query_scope = scope("ListCustomers", request)
         state = await self._tokens.decode(query_scope, request.page_token)
         rows = await self._database.read(
+            org,
             lambda c: store.list_customers(
                 c,
                 org,
@@ -66,7 +67,7 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
         """See customer.proto."""
         customer_id, org = one_id("id", request.id), organization()
         aliases = wire.new_aliases(request)
-        stored = await self._database.write(lambda c: store.set_ingest_aliases(c, org, customer_id, aliases))
+        stored = await self._database.write(org, lambda c: store.set_ingest_aliases(c, org, customer_id, aliases))
         return pb.SetIngestAliasesResponse(customer=wire.customer(stored))
 
     async def SetBillingPeriod(
@@ -75,18 +76,18 @@ class CustomerService(customer_pb2_grpc.CustomerServiceServicer):
         """See customer.proto."""
         customer_id, org = one_id("id", request.id), organization()
         period = wire.new_billing_period(request)
-        stored = await self._database.write(lambda c: store.set_billing_period(c, org, customer_id, period))
+        stored = await self._database.write(org, lambda c: store.set_billing_period(c, org, customer_id, period))
         return pb.SetBillingPeriodResponse(customer=wire.customer(stored))
 
     async def UpdateCustomer(self, request: pb.UpdateCustomerRequest, context: Context) -> pb.UpdateCustomerResponse:
         """See customer.proto."""
         customer_id, org = one_id("customer.id", request.customer.id), organization()
         changes = wire.customer_changes(request)
-        stored = await self._database.write(lambda c: store.update_customer(c, org, customer_id, changes))
+        stored = await self._database.write(org, lambda c: store.update_customer(c, org, customer_id, changes))
         return pb.UpdateCustomerResponse(customer=wire.customer(stored))
 
     async def ArchiveCustomer(self, request: pb.ArchiveCustomerRequest, context: Context) -> pb.ArchiveCustomerResponse:
         """See customer.proto."""
         customer_id, org = one_id("id", request.id), organization()
-        stored = await self._database.write(lambda c: store.archive_customer(c, org, customer_id))
+        stored = await self._database.write(org, lambda c: store.archive_customer(c, org, customer_id))
         return pb.ArchiveCustomerResponse(customer=wire.customer(stored))

@@ -21,14 +21,14 @@ class EntitlementService(entitlement_pb2_grpc.EntitlementServiceServicer):
     async def CreateProduct(self, request: pb.CreateProductRequest, context: Context) -> pb.CreateProductResponse:
         """See entitlement.proto."""
         product, org = wire.new_product(request.product), organization()
-        stored = await self._database.write(lambda c: store.create_product(c, org, product))
+        stored = await self._database.write(org, lambda c: store.create_product(c, org, product))
         return pb.CreateProductResponse(product=wire.product(stored))
 
     async def GetProduct(self, request: pb.GetProductRequest, context: Context) -> pb.GetProductResponse:
         """See entitlement.proto."""
         product_id, org = wire.stored_id("id", request.id), organization()
         found = await self._database.read(
-            lambda c: store.get_product(c, org, product_id), timeout_s=context.time_remaining()
+            org, lambda c: store.get_product(c, org, product_id), timeout_s=context.time_remaining()
         )
         return pb.GetProductResponse(product=wire.product(found))
 
@@ -38,6 +38,7 @@ class EntitlementService(entitlement_pb2_grpc.EntitlementServiceServicer):
         query_scope = scope("ListProducts", request)
         state = await self._tokens.decode(query_scope, request.page_token)
         rows = await self._database.read(
+            org,
             lambda c: store.list_products(c, org, after=state["after"] if state else None, limit=limit + 1),
             timeout_s=context.time_remaining(),
         )
@@ -50,7 +51,7 @@ class EntitlementService(entitlement_pb2_grpc.EntitlementServiceServicer):
     async def UpdateProduct(self, request: pb.UpdateProductRequest, context: Context) -> pb.UpdateProductResponse:
         """See entitlement.proto."""
         changes, org = wire.product_changes(request), organization()
-        stored = await self._database.write(lambda c: store.update_product(c, org, request.product.id, changes))
+        stored = await self._database.write(org, lambda c: store.update_product(c, org, request.product.id, changes))
         return pb.UpdateProductResponse(product=wire.product(stored))
 
     async def CreateEntitlement(
@@ -58,14 +59,14 @@ class EntitlementService(entitlement_pb2_grpc.EntitlementServiceServicer):
     ) -> pb.CreateEntitlementResponse:
         """See entitlement.proto."""
         entitlement, org = wire.new_entitlement(request.entitlement), organization()
-        stored = await self._database.write(lambda c: store.create_entitlement(c, org, entitlement))
+        stored = await self._database.write(org, lambda c: store.create_entitlement(c, org, entitlement))
         return pb.CreateEntitlementResponse(entitlement=wire.entitlement(stored))
 
     async def GetEntitlement(self, request: pb.GetEntitlementRequest, context: Context) -> pb.GetEntitlementResponse:
         """See entitlement.proto."""
         entitlement_id, org = wire.stored_id("id", request.id), organization()
         found = await self._database.read(
-            lambda c: store.get_entitlement(c, org, entitlement_id), timeout_s=context.time_remaining()
+            org, lambda c: store.get_entitlement(c, org, entitlement_id), timeout_s=context.time_remaining()
         )
         return pb.GetEntitlementResponse(entitlement=wire.entitlement(found))
 
@@ -78,6 +79,7 @@ class EntitlementService(entitlement_pb2_grpc.EntitlementServiceServicer):
         query_scope = scope("ListEntitlements", request)
         state = await self._tokens.decode(query_scope, request.page_token)
         rows = await self._database.read(
+            org,
             lambda c: store.list_entitlements(
                 c,
                 org,
@@ -99,5 +101,7 @@ class EntitlementService(entitlement_pb2_grpc.EntitlementServiceServicer):
     ) -> pb.UpdateEntitlementResponse:
         """See entitlement.proto."""
         changes, org = wire.entitlement_changes(request), organization()
-        stored = await self._database.write(lambda c: store.update_entitlement(c, org, request.entitlement.id, changes))
+        stored = await self._database.write(
+            org, lambda c: store.update_entitlement(c, org, request.entitlement.id, changes)
+        )
         return pb.UpdateEntitlementResponse(entitlement=wire.entitlement(stored))

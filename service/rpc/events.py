@@ -60,7 +60,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
             while received := await inbox.take():
                 # One transaction at a time: of two batches of a stream the first is stored first.
                 items = [item for one in received for item in one.batch.items]
-                outcomes = iter(await self._ingest.ingest(org, Batch(items)))
+                outcomes = iter(await self._ingest.ingest(org, Batch(items), patient=True))
                 for one in received:
                     answer = wire.verdicts(list(itertools.islice(outcomes, len(one.batch.items))))
                     yield pb.StreamEventsResponse(sequence=one.sequence, **answer)
@@ -79,6 +79,7 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         state = await self._tokens.decode(query_scope, request.page_token)
         after = (datetime.fromisoformat(state["timestamp"]), state["transaction_id"]) if state else None
         found = await self._database.read(
+            org,
             lambda c: event_search.search_events(c, org, query, after, limit, self._explainers),
             timeout_s=context.time_remaining(),
         )
@@ -102,7 +103,9 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         state = await self._tokens.decode(query_scope, request.page_token)
         after, org = state["after"] if state else "", organization()
         rows, following = await self._database.read(
-            lambda c: store.list_unmatched_keys(c, org, after=after, limit=limit), timeout_s=context.time_remaining()
+            org,
+            lambda c: store.list_unmatched_keys(c, org, after=after, limit=limit),
+            timeout_s=context.time_remaining(),
         )
         response = pb.ListUnmatchedCustomerKeysResponse(
             unmatched_customer_keys=[wire.unmatched_key(row) for row in rows]

@@ -1,4 +1,4 @@
-"""Owns what every call passes through: request id, decoding, credential, load limit, and errors into statuses."""
+"""Owns what every call passes through: request id, credential, role, room, decoding, and errors into statuses."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import grpc
 import structlog
@@ -16,9 +16,12 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from service.auth import Auth, Caller
-from service.errors import MeteringError, PermissionDenied, Reason, ResourceExhausted, Unauthenticated, invalid
+from service.auth.permissions import PUBLIC_SERVICES
+from service.domain.roles import Role
+from service.errors import MeteringError, PermissionDenied, Reason, Unauthenticated, invalid
 from service.rpc.status import internal, status
 from service.rpc.streams import ClientGone, Streams
+from service.turns import Places, overloaded
 
 log = structlog.get_logger("metering.rpc")
 
@@ -26,8 +29,6 @@ log = structlog.get_logger("metering.rpc")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-# Health answers anyone: orchestrators have no credential.
-_PUBLIC = "/grpc.health.v1.Health/"
 # What a waiting call takes at least, however small its request: bounds their number too.
 _REQUEST_BYTES_MIN = 4096
 _REQUEST_ID_KEY = "x-request-id"
@@ -43,7 +44,7 @@ def organization() -> str:
 
 def is_admin() -> bool:
     """Say whether the call being served comes from an administrator of its organization."""
-    return _caller.get().is_admin
+    return Role.ADMIN in _caller.get().roles
 
 
 def check_organization(named: str) -> None:
@@ -69,9 +70,7 @@ class RequestBytes:
     def hold(self, size: int) -> Iterator[None]:
         """Hold a request while the block runs; raises ResourceExhausted if there is no room for it."""
         if self._held and self._held + size > self._most:
-            raise ResourceExhausted(
-                Reason.OVERLOADED, "The server has too much in flight; nothing was done.", retry_after_s=1
-            )
+            raise overloaded()
         self._held += size
         try:
             yield
@@ -92,26 +91,36 @@ class RequestBytes:
         self._given_back.set()
 
 
+class Room(NamedTuple):
+    """What calls and streams in flight may hold together. Streams have room of their own: they hold it for long.
+
+    A call holds its bytes as `arriving` until it is known whose it is: strangers take no room from those who are known.
+    """
+
+    calls: Places
+    streams: Places
+    arriving_bytes: RequestBytes
+    call_bytes: RequestBytes
+    stream_bytes: RequestBytes
+    # Of bidirectional streams, by the message.
+    batch_bytes: RequestBytes
+
+
 class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of every service; there is no way to a servicer around it."""
 
     def __init__(
         self,
         auth: Auth,
-        unary_bytes: RequestBytes,
+        room: Room,
         streams: Streams,
-        stream_bytes: RequestBytes,
         decoders: Mapping[str, Callable[[bytes], Any]] = MappingProxyType({}),
     ) -> None:
-        """Refuse calls that there is no room for. Streams have room of their own: they hold it for long.
-
-        `decoders` take the place of gRPC's for the methods they name.
-        """
+        """Refuse calls that there is no room for. `decoders` take the place of gRPC's for the methods they name."""
         self._decoders = decoders
         self._auth = auth
-        self._unary_bytes = unary_bytes
+        self._room = room
         self._streams = streams
-        self._stream_bytes = stream_bytes
 
     async def intercept_service(
         self,
@@ -121,7 +130,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         """Return the method's handler, wrapped."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(_PUBLIC):
+        if handler is None or method.split("/")[1] in PUBLIC_SERVICES:
             return handler
         # Requests are decoded by us, once we know who calls and that there is room. gRPC would do it first, and answer
         # bytes that do not decode with UNKNOWN and the name of a Python class.
@@ -140,8 +149,11 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, serve: Any, decode: Any) -> Any:
         async def unary(raw: bytes, context: Context) -> Any:
+            size = max(len(raw), _REQUEST_BYTES_MIN)
             async with self._answered(method, context):
-                with self._unary_bytes.hold(max(len(raw), _REQUEST_BYTES_MIN)):
+                with self._room.arriving_bytes.hold(size):
+                    caller = await self._identify(method, context)
+                with self._room.calls.held(caller.organization), self._room.call_bytes.hold(size):
                     return await serve(_decoded(decode, raw), context)
 
         return unary
@@ -149,8 +161,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _stream(self, method: str, serve: Any, decode: Any) -> Any:
         async def stream(raw: bytes, context: Context) -> None:
             async with self._answered(method, context):
-                with self._streams.opened(), self._stream_bytes.hold(len(raw)):
-                    await self._send_all(serve(_decoded(decode, raw), context), context)
+                with self._room.arriving_bytes.hold(len(raw)):
+                    caller = await self._identify(method, context)
+                with self._room.streams.held(caller.organization), self._room.stream_bytes.hold(len(raw)):
+                    await self._send_all(method, serve(_decoded(decode, raw), context), context)
 
         return stream
 
@@ -158,32 +172,32 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async def both(requests: AsyncIterator[bytes], context: Context) -> None:
             async def received() -> AsyncIterator[Any]:
                 async for raw in requests:
-                    await self._check_organization(context)
+                    await self._identify_again(method, context)
                     yield _decoded(decode, raw)
 
             async with self._answered(method, context):
-                with self._streams.opened():
-                    await self._send_all(serve(received(), context), context)
+                caller = await self._identify(method, context)
+                with self._room.streams.held(caller.organization):
+                    await self._send_all(method, serve(received(), context), context)
 
         return both
 
     @contextlib.asynccontextmanager
     async def _answered(self, method: str, context: Context) -> AsyncIterator[None]:
-        """Find out whose call it is and let the block serve it; what it raises is answered as a status."""
+        """Let the block serve a call; what it raises is answered as a status."""
         request_id = _request_id(context)
         try:
-            _caller.set(await self._auth.caller(context.invocation_metadata() or ()))
             yield
         except ClientGone:
             raise asyncio.CancelledError from None  # what gRPC itself makes of a client that left
         except (Exception, asyncio.CancelledError) as error:
             await _abort(context, _answer(error, context, method, request_id), request_id)
 
-    async def _send_all(self, responses: AsyncIterator[Any], context: Context) -> None:
+    async def _send_all(self, method: str, responses: AsyncIterator[Any], context: Context) -> None:
         begun = False
         try:
             async for response in responses:
-                await self._check_organization(context)
+                await self._identify_again(method, context)
                 if not begun:
                     # Apart from the first message: should that one stall, gRPC would send them again with the status,
                     # and fail.
@@ -194,10 +208,29 @@ class Interceptor(grpc.aio.ServerInterceptor):
             if isinstance(responses, AsyncGenerator):
                 await responses.aclose()
 
-    async def _check_organization(self, context: Context) -> None:
-        """Ask again, as often as a stream moves: a stream must not outlive its credential."""
-        if (await self._auth.caller(context.invocation_metadata() or ())).organization != organization():
+    async def _identify(self, method: str, context: Context) -> Caller:
+        """Find out whose call it is, and that it may be made."""
+        names = _certificate_names(context) if self._auth.reads_certificates else ()
+        caller = await self._auth.caller(context.invocation_metadata() or (), names)
+        caller.require(method)
+        _caller.set(caller)
+        return caller
+
+    async def _identify_again(self, method: str, context: Context) -> None:
+        """Ask again, as often as a stream moves: a stream must not outlive its credential, nor what that may do."""
+        before = organization()
+        if (await self._identify(method, context)).organization != before:
             raise Unauthenticated(Reason.CREDENTIAL_INVALID, "The credential is not of the same organization any more.")
+
+
+def _certificate_names(context: Context) -> list[str]:
+    """Return the SPIFFE id and the DNS names of the client's certificate; never its common name."""
+    found = context.auth_context() or {}
+    return [
+        name.decode(errors="replace")
+        for key in ("peer_spiffe_id", "x509_uri", "x509_dns")
+        for name in found.get(key, ())
+    ]
 
 
 def _decoded(decode: Any, raw: bytes) -> Any:

@@ -48,7 +48,7 @@ class PageTokens:
 
     async def _current(self, age_max: float) -> list[PageTokenKey]:
         if time.monotonic() - self._loaded_at > age_max:
-            self._keys = await self._database.write(current_page_token_keys)
+            self._keys = await self._database.background(current_page_token_keys)
             self._loaded_at = time.monotonic()
         return self._keys
 

@@ -10,7 +10,7 @@ from metering.v1 import usage_record_group_pb2_grpc
 from service.database import Database
 from service.domain import pages
 from service.domain.partners import Rules
-from service.domain.record_groups import PAGE_SIZE_MAX
+from service.domain.record_groups import PAGE_SIZE_MAX, NewGroup
 from service.errors import Violation
 from service.rpc.interceptor import Context, is_admin, organization
 from service.rpc.pages import PageTokens, fitting, scope
@@ -18,13 +18,15 @@ from service.rpc.wire import in_slices
 from service.rpc.wire import record_groups as wire
 from service.store import group_intake as intake
 from service.store import record_groups as store
+from service.turns import Rate
 
 
 class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServiceServicer):
     """Takes usage record groups; see usage_record_group.proto."""
 
-    def __init__(self, database: Database, tokens: PageTokens, rules: Rules) -> None:
-        """Judge groups by the partners' `rules`."""
+    def __init__(self, database: Database, tokens: PageTokens, rules: Rules, rate: Rate | None = None) -> None:
+        """Judge groups by the partners' `rules`; an organization's records may come at this `rate` (None = any)."""
+        self._rate = rate
         self._database = database
         self._tokens = tokens
         self._rules = rules
@@ -45,6 +47,7 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
         """Return the faults of each of the caller's groups."""
         org, admin = organization(), is_admin()
         return await self._database.read(
+            org,
             lambda c: intake.validate_groups(c, org, items, self._rules, admin=admin),
             timeout_s=context.time_remaining(),
         )
@@ -62,9 +65,13 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
     async def report(self, items: Sequence[intake.Item], *, all_or_nothing: bool = False) -> intake.Reported:
         """Store the caller's groups; see `intake.report_groups`."""
         org, admin = organization(), is_admin()
+        if self._rate is not None:
+            groups = [item if isinstance(item, NewGroup) else item[0] for item in items]
+            self._rate.take(org, sum(len(one.records) + len(one.billable_records) for one in groups))
         # One organization's batches take turns, as they would in the database, and leave the other places to others.
         async with self._turns.setdefault(org, asyncio.Lock()):
             return await self._database.write(
+                org,
                 lambda c: intake.report_groups(
                     c,
                     org,
@@ -73,7 +80,7 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
                     admin=admin,
                     shown_bytes_max=wire.ANSWER_BYTES_MAX,
                     all_or_nothing=all_or_nothing,
-                )
+                ),
             )
 
     async def ListUsageRecordGroups(
@@ -88,7 +95,7 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
         query, skip = wire.group_query(request, asked_at)
         after = (datetime.fromisoformat(state["created_at"]), int(state["serial_id"])) if state else None
         found = await self._database.read(
-            lambda c: store.list_groups(c, org, query, after, skip, limit), timeout_s=context.time_remaining()
+            org, lambda c: store.list_groups(c, org, query, after, skip, limit), timeout_s=context.time_remaining()
         )
         messages = await in_slices(lambda one: wire.group(one, org), found.groups)
         page, following = fitting(messages, limit), found.following
@@ -111,7 +118,7 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
         """See usage_record_group.proto."""
         group_id, org = wire.group_id(request.id), organization()
         found = await self._database.read(
-            lambda c: store.get_group(c, org, group_id), timeout_s=context.time_remaining()
+            org, lambda c: store.get_group(c, org, group_id), timeout_s=context.time_remaining()
         )
         return pb.GetUsageRecordGroupResponse(group=wire.group(found, org))
 
@@ -120,7 +127,7 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
     ) -> pb.DeleteUsageRecordGroupResponse:
         """See usage_record_group.proto."""
         group_id, org = wire.group_id(request.id), organization()
-        deleted = await self._database.write(lambda c: store.delete_group(c, org, group_id))
+        deleted = await self._database.write(org, lambda c: store.delete_group(c, org, group_id))
         return pb.DeleteUsageRecordGroupResponse(group=wire.group(deleted, org))
 
     async def RetryUsageRecordGroup(
@@ -128,5 +135,5 @@ class UsageRecordGroupService(usage_record_group_pb2_grpc.UsageRecordGroupServic
     ) -> pb.RetryUsageRecordGroupResponse:
         """See usage_record_group.proto."""
         group_id, org = wire.group_id(request.id), organization()
-        group = await self._database.write(lambda c: store.retry_group(c, org, group_id))
+        group = await self._database.write(org, lambda c: store.retry_group(c, org, group_id))
         return pb.RetryUsageRecordGroupResponse(group=wire.group(group, org))

@@ -34,7 +34,9 @@ class UsageRecordReportService(usage_record_report_pb2_grpc.UsageRecordReportSer
         query = wire.report_query(request, asked_at)
         after = (datetime.fromisoformat(state["marketplace_time"]), uuid.UUID(state["id"])) if state else None
         found = await self._database.read(
-            lambda c: store.list_reports(c, org, query, after, request.skip, limit), timeout_s=context.time_remaining()
+            org,
+            lambda c: store.list_reports(c, org, query, after, request.skip, limit),
+            timeout_s=context.time_remaining(),
         )
         messages = [wire.report(one, org) for one in found.reports]
         page = fitting(messages, limit)
@@ -55,7 +57,7 @@ class UsageRecordReportService(usage_record_report_pb2_grpc.UsageRecordReportSer
         """See usage_record_report.proto."""
         asked, org = wire.lease(request), organization()
         leased = await self._database.write(
-            lambda c: store.lease_reports(c, org, asked.token, asked.partner, asked.limit, asked.duration)
+            org, lambda c: store.lease_reports(c, org, asked.token, asked.partner, asked.limit, asked.duration)
         )
         return pb.LeaseUsageRecordReportsResponse(usage_record_reports=[wire.report(one, org) for one in leased])
 
@@ -65,6 +67,7 @@ class UsageRecordReportService(usage_record_report_pb2_grpc.UsageRecordReportSer
         """See usage_record_report.proto."""
         told, org = wire.completion(request), organization()
         report = await self._database.write(
+            org,
             lambda c: store.complete_report(c, org, told.report_id, told.token, told.answers),
             # However many groups are in it: the marketplace has taken the report, and that must be stored.
             limit_s=_COMPLETION_S,

@@ -8,14 +8,12 @@ from typing import Any
 
 import grpc
 
-from service.errors import Aborted, Reason, ResourceExhausted, Unavailable
+from service.errors import Aborted, Reason, Unavailable
 
 MESSAGE_BYTES = 64 * 1024
 # What the open streams together should have read and not sent; each at least a message, and a page at most.
 READ_AHEAD_BYTES = 32 * 1024 * 1024
 READ_BYTES_MAX = 1024 * 1024
-# Nobody takes the messages of a stalled one: a quarter of a megabyte each, measured with 10,000 of them.
-STREAMS_MAX = 16_384
 
 
 class ClientGone(Exception):
@@ -29,20 +27,7 @@ class Streams:
         """End a stream when a message of it was not taken for as long as `stall`."""
         self.draining = asyncio.Event()
         self._stall_s = stall.total_seconds()
-        self._open = 0
         self._reading = 0
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """Count a stream as open while the block runs; raises ResourceExhausted if there are too many."""
-        if self._open >= STREAMS_MAX:
-            text = f"The server has {STREAMS_MAX:,} streams open, which is all it takes; nothing was done."
-            raise ResourceExhausted(Reason.OVERLOADED, text, retry_after_s=1)
-        self._open += 1
-        try:
-            yield
-        finally:
-            self._open -= 1
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

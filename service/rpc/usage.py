@@ -196,7 +196,7 @@ async def _windows(database: Database, org: str, query: UsageQuery, wanted: _Ext
     begin = Position(uuid.UUID(place["customer"]), uuid.UUID(place["metric"]), place["window"]) if place else None
     read = database.read_ahead if wanted.ahead else database.read
     page = await read(
-        lambda c: store.usage_page(c, org, query, begin, wanted.limit, wanted.size), timeout_s=wanted.timeout_s
+        org, lambda c: store.usage_page(c, org, query, begin, wanted.limit, wanted.size), timeout_s=wanted.timeout_s
     )
 
     def place_of(position: Position | None) -> Place | None:
@@ -222,6 +222,7 @@ async def _grouped_windows(database: Database, org: str, query: GroupedQuery, wa
         query = replace(query, windows=Windows(query.size, start, end, query.time_zone or "UTC"))
     read = database.read_ahead if wanted.ahead else database.read
     page = await read(
+        org,
         lambda c: store_grouped.grouped_page(c, org, query, begin, wanted.limit, wanted.size, wanted.read_time),
         timeout_s=wanted.timeout_s,
     )

@@ -1,13 +1,15 @@
 """Every statement about organizations, their locks, API keys, and the secrets that sign page tokens."""
 
 import secrets
+from collections.abc import Collection
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.domain.roles import Role
 from service.store.tables import api_keys, organizations, page_token_keys
 
 DEFAULT_ORGANIZATION = "default"
@@ -26,7 +28,8 @@ class ApiKey(NamedTuple):
     secret_hash: bytes
     created_at: datetime
     revoked_at: datetime | None
-    is_admin: bool
+    expires_at: datetime | None
+    roles: frozenset[Role]
 
 
 class PageTokenKey(NamedTuple):
@@ -72,6 +75,12 @@ async def create_organization(connection: AsyncConnection, organization: str) ->
     return (await connection.execute(statement)).first() is not None
 
 
+async def organization_exists(connection: AsyncConnection, organization: str) -> bool:
+    """Say whether there is an organization of this name."""
+    query = sa.select(sa.exists().where(organizations.c.id == organization))
+    return bool((await connection.execute(query)).scalar_one())
+
+
 async def list_organizations(connection: AsyncConnection) -> list[str]:
     """Return every organization, in byte order."""
     return list((await connection.execute(sa.select(organizations.c.id).order_by(organizations.c.id))).scalars())
@@ -83,24 +92,24 @@ async def create_api_key(
     key_id: str,
     name: str,
     secret_hash: bytes,
-    *,
-    is_admin: bool = True,
+    roles: Collection[Role] = (Role.ADMIN,),
+    expires_at: datetime | None = None,
 ) -> None:
     """Store a credential; raises IntegrityError when the organization does not exist."""
     row = {"id": key_id, "organization_id": organization, "name": name, "secret_hash": secret_hash}
-    await connection.execute(sa.insert(api_keys).values(**row, is_admin=is_admin))
+    await connection.execute(sa.insert(api_keys).values(**row, roles=sorted(roles), expires_at=expires_at))
 
 
 async def find_api_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
     """Return the credential with this public id, revoked or not."""
     row = (await connection.execute(_API_KEYS.where(api_keys.c.id == key_id))).first()
-    return ApiKey(*row) if row else None
+    return _api_key(row) if row else None
 
 
 async def list_api_keys(connection: AsyncConnection, organization: str) -> list[ApiKey]:
     """Return an organization's credentials, oldest first."""
     query = _API_KEYS.where(api_keys.c.organization_id == organization).order_by(api_keys.c.created_at, api_keys.c.id)
-    return [ApiKey(*row) for row in await connection.execute(query)]
+    return [_api_key(row) for row in await connection.execute(query)]
 
 
 async def any_api_key(connection: AsyncConnection) -> bool:
@@ -151,5 +160,11 @@ _API_KEYS = sa.select(
     api_keys.c.secret_hash,
     api_keys.c.created_at,
     api_keys.c.revoked_at,
-    api_keys.c.is_admin,
+    api_keys.c.expires_at,
+    api_keys.c.roles,
 )
+
+
+def _api_key(row: Any) -> ApiKey:
+    found = ApiKey(*row)
+    return found._replace(roles=frozenset(map(Role, found.roles)))

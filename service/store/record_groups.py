@@ -34,6 +34,19 @@ _GROUP_BYTES, _RECORD_BYTES = 300, 120
 # How many of the newest groups are looked through for those whose meta_info contains something.
 _LOOKED_THROUGH = 5_000
 
+# What `metering_groups_containing` tells of each group.
+_OF_CONTAINING = (
+    "id",
+    "created_at",
+    "serial_id",
+    "partner",
+    "product_id",
+    "entitlement_id",
+    "customer_id",
+    "status",
+    "source",
+)
+
 Key = tuple[datetime, int]
 """Time of creation and serial id: what groups are listed by, the newest first."""
 
@@ -287,10 +300,7 @@ async def plan_for_values(connection: AsyncConnection) -> None:
 def _keys(organization: str, query: GroupQuery, after: Key | None) -> Iterator[sa.Select[Any]]:
     """Yield ways to select what a list shows, in order: id, created_at, serial_id. The last one finds all of it."""
     columns = usage_record_groups.c
-    where = [columns.organization_id == organization, *_filters(organization, query)]
-    if after is not None:
-        last = sa.tuple_(sa.literal(after[0], INSTANT), sa.literal(after[1], sa.BigInteger))
-        where += [columns.created_at <= after[0], sa.tuple_(columns.created_at, columns.serial_id) < last]
+    where = [columns.organization_id == organization, *_conditions(organization, query, after, columns)]
     shown = (columns.id, columns.created_at, columns.serial_id)
     if query.meta_info is None:
         yield _newest_first(sa.select(*shown).where(*where), columns)
@@ -303,19 +313,27 @@ def _keys(organization: str, query: GroupQuery, after: Key | None) -> Iterator[s
     yield _newest_first(
         sa.select(found.c.id, found.c.created_at, found.c.serial_id).where(found.c.meta_info.contains(wanted)), found.c
     )
-    matching = sa.select(*shown).where(*where, columns.meta_info.contains(wanted))
-    found = matching.cte("matching").prefix_with("MATERIALIZED", dialect="postgresql")
-    yield _newest_first(sa.select(found), found.c)
+    containing: Any = (
+        sa.func.metering_groups_containing(wanted, query.start, query.end)
+        .table_valued(*(sa.column(name, columns[name].type) for name in _OF_CONTAINING))
+        .alias("containing")
+    )
+    matching = sa.select(*(containing.c[one.name] for one in shown)).where(
+        *_conditions(organization, query, after, containing.c)
+    )
+    yield _newest_first(matching, containing.c)
 
 
 def _newest_first(select: sa.Select[Any], columns: Any) -> sa.Select[Any]:
     return select.order_by(columns.created_at.desc(), columns.serial_id.desc())
 
 
-def _filters(organization: str, query: GroupQuery) -> list[sa.ColumnElement[bool]]:
-    """Return the conditions of a list, that on meta_info apart."""
-    columns = usage_record_groups.c
+def _conditions(organization: str, query: GroupQuery, after: Key | None, columns: Any) -> list[sa.ColumnElement[bool]]:
+    """Return the conditions of a list on these columns of groups, those on the organization and meta_info apart."""
     where = [columns.created_at >= query.start, columns.created_at < query.end]
+    if after is not None:
+        last = sa.tuple_(sa.literal(after[0], INSTANT), sa.literal(after[1], sa.BigInteger))
+        where += [columns.created_at <= after[0], sa.tuple_(columns.created_at, columns.serial_id) < last]
     for column, value in (
         (columns.partner, query.partner and query.partner.value),
         (columns.product_id, query.product_id),

@@ -3,6 +3,11 @@
 The organization leads every key, so that one organization's rows lie together and the schema can be distributed by it.
 For the same reason the hot tables (events, cells, distinct values) have no foreign keys, triggers or sequences.
 Text that is compared or ordered is COLLATE "C": byte order, the same on every host.
+
+Statements name the organization. Behind that Postgres has a wall of its own: callers' transactions run as
+APPLICATION_ROLE, to which row level security shows the rows of the organization in ORGANIZATION_SETTING and no others.
+Under it a condition helps to find rows by an index only if its operator is leakproof, as comparisons of text, times and
+ids are.
 """
 
 import uuid
@@ -21,6 +26,10 @@ METADATA = sa.MetaData(
         "ck": "%(table_name)s_%(constraint_name)s_check",
     }
 )
+
+# Owns nothing and cannot log in; whoever logs in as the owner of the tables may become it.
+APPLICATION_ROLE = "metering_app"
+ORGANIZATION_SETTING = "metering.organization"
 
 KEY = sa.Text(collation="C")
 INSTANT = TIMESTAMP(timezone=True)
@@ -52,9 +61,10 @@ api_keys = sa.Table(
     sa.Column("organization_id", KEY, sa.ForeignKey("organizations.id"), nullable=False, index=True),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("secret_hash", BYTEA, nullable=False),
-    # Whether its callers are administrators of the organization.
-    sa.Column("is_admin", sa.Boolean, nullable=False, server_default=sa.true()),
+    # What its callers may do.
+    sa.Column("roles", ARRAY(sa.Text), nullable=False),
     sa.Column("created_at", INSTANT, nullable=False, server_default=sa.func.now()),
+    sa.Column("expires_at", INSTANT),
     sa.Column("revoked_at", INSTANT),
 )
 
@@ -278,11 +288,12 @@ usage_record_groups = sa.Table(
         sa.Index(f"usage_record_groups_by_{column}_idx", "organization_id", column, *_BY_TIME)
         for column in ("partner", "product_id", "entitlement_id", "customer_id", "status", "source")
     ),
+    # Each entry is a path with its value, and every path begins with the organization: one's entries are no other's.
     sa.Index(
         "usage_record_groups_by_meta_info_idx",
-        "meta_info",
+        sa.func.metering_scoped(sa.text("organization_id"), sa.text("meta_info")).label("scoped"),
         postgresql_using="gin",
-        postgresql_ops={"meta_info": "jsonb_path_ops"},
+        postgresql_ops={"scoped": "jsonb_path_ops"},
     ),
 )
 

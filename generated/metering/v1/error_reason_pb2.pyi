@@ -124,20 +124,36 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason":"NO_BILLING_PERIOD","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
     """
     ERROR_REASON_CREDENTIAL_MISSING: _ErrorReason.ValueType  # 40
-    """No credential was sent. UNAUTHENTICATED: send `authorization: Bearer <API key>`.
+    """No credential was sent. UNAUTHENTICATED: send `authorization: Bearer <API key or JSON Web Token>`, or a client
+    certificate that the server knows.
     {"reason":"CREDENTIAL_MISSING","domain":"metering"}
     """
     ERROR_REASON_CREDENTIAL_INVALID: _ErrorReason.ValueType  # 41
-    """The credential is not known, not well formed or revoked. UNAUTHENTICATED.
+    """The credential is not known, not well formed, expired or revoked. UNAUTHENTICATED. Open streams end with it too, at
+    most five seconds later.
     {"reason":"CREDENTIAL_INVALID","domain":"metering"}
     """
     ERROR_REASON_ORGANIZATION_MISMATCH: _ErrorReason.ValueType  # 42
     """A path or field names another organization than that of the credential. PERMISSION_DENIED.
     {"reason":"ORGANIZATION_MISMATCH","domain":"metering"}
     """
+    ERROR_REASON_ROLE_REQUIRED: _ErrorReason.ValueType  # 43
+    """The credential is valid, but not for this method. PERMISSION_DENIED: use one that has one of the roles in `needed`.
+    {"reason":"ROLE_REQUIRED","domain":"metering","metadata":{"needed":"admin","method":"metering.v1.CustomerService/CreateCustomer"}}
+    """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 50
     """The server has too much in flight. RESOURCE_EXHAUSTED, with RetryInfo; nothing was stored.
     {"reason":"OVERLOADED","domain":"metering"}
+    """
+    ERROR_REASON_ORGANIZATION_LIMIT: _ErrorReason.ValueType  # 56
+    """The organization has as many calls or streams in flight as one may have. RESOURCE_EXHAUSTED, with RetryInfo; nothing
+    was done.
+    {"reason":"ORGANIZATION_LIMIT","domain":"metering"}
+    """
+    ERROR_REASON_INGEST_RATE: _ErrorReason.ValueType  # 57
+    """The organization sends more events (records of usage record groups count as events) than the server was told to take
+    of one. RESOURCE_EXHAUSTED, with RetryInfo: when to send again; nothing was stored.
+    {"reason":"INGEST_RATE","domain":"metering","metadata":{"events_per_second":"1000"}}
     """
     ERROR_REASON_DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 51
     """The database did not answer. UNAVAILABLE, with RetryInfo. For writes the outcome is unknown: retry with the same
@@ -358,20 +374,36 @@ SetBillingPeriod.
 {"reason":"NO_BILLING_PERIOD","domain":"metering","metadata":{"id":"04ca7e72-4229-4a6e-ab11-9f7376fccbcb"}}
 """
 ERROR_REASON_CREDENTIAL_MISSING: ErrorReason.ValueType  # 40
-"""No credential was sent. UNAUTHENTICATED: send `authorization: Bearer <API key>`.
+"""No credential was sent. UNAUTHENTICATED: send `authorization: Bearer <API key or JSON Web Token>`, or a client
+certificate that the server knows.
 {"reason":"CREDENTIAL_MISSING","domain":"metering"}
 """
 ERROR_REASON_CREDENTIAL_INVALID: ErrorReason.ValueType  # 41
-"""The credential is not known, not well formed or revoked. UNAUTHENTICATED.
+"""The credential is not known, not well formed, expired or revoked. UNAUTHENTICATED. Open streams end with it too, at
+most five seconds later.
 {"reason":"CREDENTIAL_INVALID","domain":"metering"}
 """
 ERROR_REASON_ORGANIZATION_MISMATCH: ErrorReason.ValueType  # 42
 """A path or field names another organization than that of the credential. PERMISSION_DENIED.
 {"reason":"ORGANIZATION_MISMATCH","domain":"metering"}
 """
+ERROR_REASON_ROLE_REQUIRED: ErrorReason.ValueType  # 43
+"""The credential is valid, but not for this method. PERMISSION_DENIED: use one that has one of the roles in `needed`.
+{"reason":"ROLE_REQUIRED","domain":"metering","metadata":{"needed":"admin","method":"metering.v1.CustomerService/CreateCustomer"}}
+"""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 50
 """The server has too much in flight. RESOURCE_EXHAUSTED, with RetryInfo; nothing was stored.
 {"reason":"OVERLOADED","domain":"metering"}
+"""
+ERROR_REASON_ORGANIZATION_LIMIT: ErrorReason.ValueType  # 56
+"""The organization has as many calls or streams in flight as one may have. RESOURCE_EXHAUSTED, with RetryInfo; nothing
+was done.
+{"reason":"ORGANIZATION_LIMIT","domain":"metering"}
+"""
+ERROR_REASON_INGEST_RATE: ErrorReason.ValueType  # 57
+"""The organization sends more events (records of usage record groups count as events) than the server was told to take
+of one. RESOURCE_EXHAUSTED, with RetryInfo: when to send again; nothing was stored.
+{"reason":"INGEST_RATE","domain":"metering","metadata":{"events_per_second":"1000"}}
 """
 ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 51
 """The database did not answer. UNAVAILABLE, with RetryInfo. For writes the outcome is unknown: retry with the same

@@ -17,10 +17,18 @@ from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import ListValue, Value
 
 from service.errors import InvalidArgument, Reason, Violation, invalid
+from service.limits import limit
 from service.rpc.interceptor import Context, organization
 
 _IDEMPOTENCY_KEY = "idempotency-key"
-_IDEMPOTENCY_KEY_MAX = 255
+_IDEMPOTENCY_KEY_MAX = limit(
+    "IDEMPOTENCY_KEY_CHARACTERS",
+    255,
+    most=255,
+    about="characters of an Idempotency-Key header",
+    field="Idempotency-Key",
+    error="INVALID_ARGUMENT, FIELD_INVALID",
+)
 _IDS = uuid.UUID("b7f9a1f4-7b0e-5c3b-9a54-0c5d5f0c7c1e")
 # A date and a time as RFC 3339 has them, but the offset may be missing, and a blank may stand for the T.
 _INSTANT = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?\s*([Zz]|[+-]\d\d:\d\d)?", re.ASCII)

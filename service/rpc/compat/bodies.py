@@ -16,7 +16,8 @@ from google.protobuf.message import Message
 
 from service.domain import quantities
 from service.domain.events import NESTING_MAX
-from service.errors import Reason, invalid
+from service.errors import InvalidArgument, Reason, invalid
+from service.limits import limit
 from service.rpc.interceptor import Context
 from service.rpc.wire import in_slices
 
@@ -27,17 +28,23 @@ V = TypeVar("V")
 _JSON = "application/json"
 # How a body is encoded, as deploy/envoy calls it: gRPC must not take it for an encoding of its own.
 _CODING = "x-body-encoding"
-_BODY_BYTES_MAX = 4 * 1024 * 1024
+_BODY_BYTES_MAX = limit(
+    "JSON_BODY_BYTES", 4 * 1024 * 1024, most=4 * 1024 * 1024, about="bytes of a JSON body, unpacked", field="body"
+)
 # Of an answer; Envoy passes twice as much on.
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
 # Parts that were packed apart and put together; each costs a copy of what follows.
-_MEMBERS_MAX = 16
+_MEMBERS_MAX = limit(
+    "JSON_GZIP_PARTS", 16, most=16, about="parts of a JSON body that were packed apart and put together", field="body"
+)
 # A larger document is read in a thread: it would keep other calls waiting. Few at a time, as one takes many times its
 # size in memory while it is read; and so a document may have only so many values, and a list so many items.
 _AT_ONCE_BYTES = 32 * 1024
 _READERS = ThreadPoolExecutor(2, thread_name_prefix="json")
-_VALUES_MAX = 250_000
-_ITEMS_MAX = 10_000
+_VALUES_MAX = limit("JSON_VALUES", 250_000, most=250_000, about="values of a JSON body", field="body")
+_ITEMS_MAX = limit(
+    "JSON_ITEMS", 10_000, most=10_000, about="items of a list in a JSON body", field="event_type_filter.in_values"
+)
 # Messages in each other, where an object of any JSON takes two.
 _NESTING_MAX = 100
 # The package of Struct and Value, which take numbers wherever they stand.
@@ -100,6 +107,8 @@ async def _aside(body: HttpBody, coding: str, read: Callable[[], T]) -> T:
 def _document(body: HttpBody, coding: str, shape: type, what: str) -> Any:
     """Parse a body; raises InvalidArgument unless it is JSON of the kind wanted."""
     data = _unzipped(body.data) if coding == "gzip" else body.data
+    if len(data) > _BODY_BYTES_MAX:
+        raise _too_large()
     if not data.strip():
         raise invalid("body", Reason.FIELD_REQUIRED, f"is required: {what}")
     if not body.content_type:
@@ -134,8 +143,7 @@ def _unzipped(data: bytes) -> bytes:
             member = zlib.decompressobj(wbits=31)
             unzipped += member.decompress(data, _BODY_BYTES_MAX + 1 - len(unzipped))
             if len(unzipped) > _BODY_BYTES_MAX or member.unconsumed_tail:
-                text = f"is larger than {_BODY_BYTES_MAX:,} bytes, unpacked"
-                raise invalid("body", Reason.LIMIT_EXCEEDED, text)
+                raise _too_large()
             if not member.eof:
                 raise zlib.error
             data = member.unused_data
@@ -144,6 +152,10 @@ def _unzipped(data: bytes) -> bytes:
     except zlib.error:
         raise invalid("body", Reason.MALFORMED_REQUEST, "is not valid gzip, or not all of it came") from None
     raise invalid("body", Reason.LIMIT_EXCEEDED, f"has more than {_MEMBERS_MAX} parts of gzip")
+
+
+def _too_large() -> InvalidArgument:
+    return invalid("body", Reason.LIMIT_EXCEEDED, f"is larger than {_BODY_BYTES_MAX:,} bytes, unpacked")
 
 
 def _parse(data: bytes) -> Any:

@@ -23,6 +23,7 @@ from service.domain.events import Verdict
 from service.domain.windows import WindowSize, widened
 from service.errors import Reason, Violation, invalid
 from service.ingest import Batch, Ingest
+from service.limits import limit
 from service.rpc.billable_metrics import BillableMetricService
 from service.rpc.compat import (
     chosen_id,
@@ -46,7 +47,13 @@ EVENTS_MAX = 100
 LIMIT_DEFAULT = 50
 LIMIT_MAX = 100
 IDS_MAX = 100
-SEARCHED_MAX = 100
+SEARCHED_MAX = limit(
+    "METRONOME_SEARCHED_IDS",
+    100,
+    most=100,
+    about="transaction ids of one search by Metronome's API",
+    field="transactionIds",
+)
 # Of what is found: metrics as JSON, and events, which can be larger as JSON but are small. Envoy passes 32 MiB on.
 ANSWER_BYTES_MAX = 8 * 1024 * 1024
 # What a JSON number of 32 bits can tell; more is a lot as well.

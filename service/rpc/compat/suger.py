@@ -18,6 +18,7 @@ from compat.suger.v1 import (
 )
 from metering.v1 import entitlement_pb2 as entitlements
 from metering.v1 import usage_record_report_pb2 as reports
+from service.domain.pages import PAGE_SIZE_MAX
 from service.errors import Violation
 from service.rpc.compat import (
     in_their_words,
@@ -31,7 +32,6 @@ from service.rpc.interceptor import Context, check_organization, organization
 from service.rpc.record_reports import UsageRecordReportService
 from service.rpc.wire import in_slices, raise_any
 
-PAGE_MAX = 1_000
 DIMENSIONS_MAX = 50
 HOUR = timedelta(hours=1)
 QUERY_NAMES = names_of(
@@ -64,7 +64,7 @@ class SugerUsageRecordReports(usage_record_report_pb2_grpc.UsageRecordReportServ
             buyer_id=request.buyer_id,
             start_date=request.start_date,
             end_date=request.end_date,
-            page_size=read_limit(request, PAGE_MAX, PAGE_MAX),
+            page_size=read_limit(request, PAGE_SIZE_MAX, PAGE_SIZE_MAX),
             skip=request.offset,
         )
         raise_any(faults)
@@ -102,7 +102,7 @@ class SugerEntitlements(entitlement_pb2_grpc.EntitlementServiceServicer):
             partner=read_partner(request.partner, faults),
             product_id=request.product_id,
             buyer_id=request.buyer_id,
-            page_size=read_limit(request, PAGE_MAX, PAGE_MAX),
+            page_size=read_limit(request, PAGE_SIZE_MAX, PAGE_SIZE_MAX),
             skip=request.offset,
         )
         raise_any(faults)

@@ -14,6 +14,7 @@ from metering.v1 import billable_metric_pb2 as metrics
 from service.database import Database
 from service.domain import checks, quantities
 from service.domain.metrics import QUANTITY
+from service.domain.pages import PAGE_SIZE_MAX
 from service.errors import FailedPrecondition, InvalidArgument, NotFound, Reason, Violation, invalid
 from service.rpc.billable_metrics import BillableMetricService
 from service.rpc.compat import (
@@ -21,7 +22,6 @@ from service.rpc.compat import (
     in_their_words,
 )
 from service.rpc.compat.bodies import ANSWER_BYTES_MAX, answer, answer_all, json_of, read_object
-from service.rpc.compat.suger import PAGE_MAX
 from service.rpc.interceptor import Context, check_organization, organization
 from service.rpc.wire import billable_metrics as wire
 from service.rpc.wire import raise_any
@@ -65,7 +65,7 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
         token = ""
         while True:
             native = metrics.ListBillableMetricsRequest(
-                include_archived=status != "ACTIVE", page_size=PAGE_MAX, page_token=token
+                include_archived=status != "ACTIVE", page_size=PAGE_SIZE_MAX, page_token=token
             )
             page = await self._metrics.ListBillableMetrics(native, context)
             # Record metrics are how records are summed: no caller made them.
@@ -159,9 +159,10 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
         notes = None if description is None else {DESCRIPTION: description}
         metric_id, org, archive = uuid.UUID(metric.id), organization(), status == "DELETED"
         changed = await self._database.write(
+            org,
             lambda c: metric_store.update_metric(
                 c, org, metric_id, name=name, more_custom_fields=notes, archive=archive
-            )
+            ),
         )
         return billable_metric_pb2.UpdateBillableMetricResponse(body=answer(json_of(_metric(wire.metric(changed)))))
 
@@ -175,7 +176,7 @@ class SugerBillableMetrics(billable_metric_pb2_grpc.BillableMetricServiceService
         wanted, org = request.billable_metric_id, organization()
         raise_any([checks.identifier("billableMetricId", wanted)])
         by_key = await self._database.read(
-            lambda c: metric_store.metrics_by_key(c, org, [wanted]), timeout_s=context.time_remaining()
+            org, lambda c: metric_store.metrics_by_key(c, org, [wanted]), timeout_s=context.time_remaining()
         )
         metric_id = str(by_key[wanted].id) if wanted in by_key else wanted
         try:

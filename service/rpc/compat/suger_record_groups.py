@@ -14,6 +14,7 @@ from compat.suger.v1 import (
 )
 from metering.v1 import usage_record_group_pb2 as groups
 from service.domain import quantities
+from service.domain.pages import PAGE_SIZE_MAX
 from service.domain.record_groups import GROUPS_MAX
 from service.errors import NotFound, Reason, Violation, invalid
 from service.rpc.compat import (
@@ -25,7 +26,7 @@ from service.rpc.compat import (
     read_limit,
 )
 from service.rpc.compat.bodies import answer, answer_all, json_of, read_array, read_object
-from service.rpc.compat.suger import PAGE_MAX, QUERY_NAMES, doubles, if_set, partner_name, read_partner
+from service.rpc.compat.suger import QUERY_NAMES, doubles, if_set, partner_name, read_partner
 from service.rpc.interceptor import Context, check_organization, organization
 from service.rpc.record_groups import UsageRecordGroupService
 from service.rpc.wire import in_slices, raise_any, read_date, timestamp
@@ -68,7 +69,7 @@ class SugerUsageRecordGroups(usage_record_group_pb2_grpc.UsageRecordGroupService
             meta_info=_native_filter(request.meta_info),
             start_date=request.start_date,
             end_date=request.end_date,
-            page_size=read_limit(request, PAGE_MAX, PAGE_MAX),
+            page_size=read_limit(request, PAGE_SIZE_MAX, PAGE_SIZE_MAX),
             skip=request.offset,
         )
         raise_any(faults)

@@ -27,7 +27,7 @@ VERDICTS = {verdict: event_pb2.Verdict.Value(f"VERDICT_{verdict.name}") for verd
 async def batch(sent: Sequence[event_pb2.UsageEvent], *, all_or_nothing: bool = False) -> Batch:
     """Read a batch; a faulty event becomes its violations. Raises InvalidArgument on a bad number of events."""
     if not sent:
-        raise InvalidArgument([Violation("events", Reason.FIELD_REQUIRED, "needs 1..10,000 events")])
+        raise InvalidArgument([Violation("events", Reason.FIELD_REQUIRED, f"needs 1..{events.EVENTS_MAX:,} events")])
     if len(sent) > events.EVENTS_MAX:
         message = f"has {len(sent):,} events; at most {events.EVENTS_MAX:,} are allowed: split the batch"
         raise InvalidArgument([Violation("events", Reason.LIMIT_EXCEEDED, message)])
