@@ -6,7 +6,6 @@ It must not know what the statements are; those are in `store`.
 import asyncio
 import contextlib
 import random
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -136,14 +135,14 @@ class Database:
         bounded = _acting_for(organization, work, self._statement_timeout_s if limit_s is None else limit_s)
         limit_s = limit_s or TRANSACTION_TIMEOUT_S
         await self._writes.take(organization, patient=patient)
-        return await self._in_turn(self._writes, lambda: self._attempts(bounded, limit_s))
+        return await self._shielded(lambda: self._attempts(bounded, limit_s), self._writes.give_back)
 
     async def read(
         self, organization: str, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
     ) -> Result:
         """Run `work` in a read-only snapshot of an organization. `timeout_s` bounds statements. Raises as `write`."""
         await self._reads.take(organization)
-        return await self._in_turn(self._reads, lambda: self._reading(organization, work, timeout_s))
+        return await self._shielded(lambda: self._reading(organization, work, timeout_s), self._reads.give_back)
 
     async def read_ahead(
         self, organization: str, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
@@ -151,7 +150,7 @@ class Database:
         """Run `work` as `read` does, for a stream: many streams must not keep waiting who wants a single answer."""
         # Streams are bounded in number, and there is nobody to refuse once they began.
         await self._stream_reads.take(organization, patient=True)
-        return await self._in_turn(self._stream_reads, lambda: self._reading(organization, work, timeout_s))
+        return await self._shielded(lambda: self._reading(organization, work, timeout_s), self._stream_reads.give_back)
 
     async def look_up(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
         """Run a short `work` about no organization in one snapshot, never behind callers' queries: credentials."""
@@ -207,10 +206,6 @@ class Database:
         if self._running:
             await asyncio.wait(self._running, timeout=STATEMENT_TIMEOUT_S)
         await self.engine.dispose()
-
-    async def _in_turn(self, turns: Turns, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        began = time.monotonic()
-        return await self._shielded(work, lambda: turns.give_back(time.monotonic() - began))
 
     async def _shielded(self, work: Callable[[], Coroutine[Any, Any, Result]], ended: Callable[[], None]) -> Result:
         # From here on a caller that is cancelled cannot stop the transaction, which says itself when it has ended.

@@ -7,35 +7,42 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from service.errors import Reason, ResourceExhausted
 
-# How long one may wait for a turn; and, once somebody has been waiting at any time of STANDING_S, that is, more comes
-# than goes, how many times as long as a turn takes, at least STANDING_WAIT_S. A queue that stands only makes everyone
-# late: a short one keeps the server as busy, and those who are let in are answered in time. (Controlled delay.)
+# How long one may wait for a turn.
 WAIT_S = 10.0
-STANDING_S = 2.0
-STANDING_TURNS = 2.0
-STANDING_WAIT_S = 0.1
-# What the last turn counts for in how long they take.
-_WEIGHT = 0.05
+# A queue that was never empty for so long stands: more comes than goes, or as much. To go on in the order of coming
+# would make everyone late. So, of each organization, the last that came goes first: most are answered as if there was
+# no queue, and who has waited for STANDING_WAIT_S is refused. (Adaptive LIFO and controlled delay.)
+STANDING_S = 0.5
+STANDING_WAIT_S = 0.5
+
+
+class _Waiting(NamedTuple):
+    turn: "asyncio.Future[None]"
+    since: float
+    patient: bool
 
 
 class Turns:
-    """So many at once; those who wait are let in one organization after the other, of each the first that came."""
+    """So many at once; those who wait are let in one organization after the other, of each the first that came.
+
+    When there are too many, see STANDING_S.
+    """
 
     def __init__(self, at_once: int) -> None:
         """Let `at_once` go at the same time."""
         self._free = at_once
         # The organizations in the order of their turns.
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, deque[_Waiting]] = {}
         self._waiting_since = 0.0
-        self._takes_s = 0.0
 
     async def take(self, organization: str, *, patient: bool = False) -> None:
         """Wait for a turn, which must be given back; raises ResourceExhausted.
 
-        Who is patient waits longer than others may: of them there are few by some other rule.
+        Who is patient is never refused, nor passed by others of the organization: some other rule keeps them few.
         """
         if self._free and not self._waiting:
             self._free -= 1
@@ -43,48 +50,58 @@ class Turns:
         loop = asyncio.get_running_loop()
         if not self._waiting:
             self._waiting_since = loop.time()
-        turn = loop.create_future()
-        self._waiting.setdefault(organization, deque()).append(turn)
-        standing = not patient and loop.time() - self._waiting_since > STANDING_S
-        limit_s = max(STANDING_WAIT_S, STANDING_TURNS * self._takes_s) if standing else WAIT_S
-        too_late = loop.call_later(limit_s, self._refuse, organization, turn)
+        one = _Waiting(loop.create_future(), loop.time(), patient)
+        self._waiting.setdefault(organization, deque()).append(one)
+        too_late = None if patient else loop.call_later(WAIT_S, self._refuse, organization, one)
         try:
-            await turn
+            await one.turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
+            if one.turn.done() and not one.turn.cancelled() and one.turn.exception() is None:
                 self.give_back()  # it left just as it was let in
             else:
-                self._forget(organization, turn)
+                self._forget(organization, one)
             raise
         finally:
-            too_late.cancel()
+            if too_late is not None:
+                too_late.cancel()
 
-    def give_back(self, took_s: float | None = None) -> None:
-        """End a turn that took so long; whoever is next goes."""
-        if took_s is not None:
-            self._takes_s += _WEIGHT * (took_s - self._takes_s)
+    def give_back(self) -> None:
+        """End a turn; whoever is next goes."""
+        now = asyncio.get_running_loop().time()
         while self._waiting:
+            standing = now - self._waiting_since > STANDING_S
             organization = next(iter(self._waiting))
             queue = self._waiting.pop(organization)
-            turn = queue.popleft()
+            if standing:
+                _refuse_late(queue, now)
+            if not queue:
+                continue
+            one = queue.pop() if standing and not queue[0].patient else queue.popleft()
             if queue:
                 self._waiting[organization] = queue  # behind the others
-            if not turn.done():
-                turn.set_result(None)
+            if not one.turn.done():
+                one.turn.set_result(None)
                 return
         self._free += 1
 
-    def _refuse(self, organization: str, turn: "asyncio.Future[None]") -> None:
-        if not turn.done():
-            self._forget(organization, turn)
-            turn.set_exception(overloaded())
+    def _refuse(self, organization: str, one: _Waiting) -> None:
+        if not one.turn.done():
+            self._forget(organization, one)
+            one.turn.set_exception(overloaded())
 
-    def _forget(self, organization: str, turn: "asyncio.Future[None]") -> None:
+    def _forget(self, organization: str, one: _Waiting) -> None:
         queue = self._waiting.get(organization, deque())
-        if turn in queue:
-            queue.remove(turn)
+        if one in queue:
+            queue.remove(one)
             if not queue:
                 del self._waiting[organization]
+
+
+def _refuse_late(queue: deque[_Waiting], now: float) -> None:
+    while queue and not queue[0].patient and now - queue[0].since > STANDING_WAIT_S:
+        late = queue.popleft()
+        if not late.turn.done():
+            late.turn.set_exception(overloaded())
 
 
 class Places:

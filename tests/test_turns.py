@@ -87,45 +87,55 @@ async def test_one_that_is_cancelled_as_it_is_let_in_passes_its_turn_on() -> Non
 
 
 async def test_a_queue_that_stands_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A burst waits as long as it takes; once somebody has always waited, newcomers wait shortly and are refused.
+    """Once somebody has always waited for a while, the last comes first, and who has waited too long is refused.
 
-    Those who are patient are not, and once the queue was empty the next burst waits again.
+    Those who are patient are neither refused nor passed by, and once the queue was empty a burst waits in its order.
     """
     monkeypatch.setattr(service.turns, "STANDING_S", 0.2)
-    monkeypatch.setattr(service.turns, "STANDING_WAIT_S", 0.05)
-    turns = Turns(1)
-    await turns.take("a")
-    early = asyncio.create_task(turns.take("a"))
-    await asyncio.sleep(0.3)
-    assert not early.done()
-    patient = asyncio.create_task(turns.take("a", patient=True))
-    began = asyncio.get_running_loop().time()
-    with pytest.raises(ResourceExhausted) as refused:
-        await turns.take("b")
-    assert refused.value.reason is Reason.OVERLOADED
-    assert refused.value.retry_after_s
-    assert asyncio.get_running_loop().time() - began >= 0.05
-    assert not early.done()
-    assert not patient.done()
-    for one in (early, patient):
-        turns.give_back(0.3)
-        async with asyncio.timeout(5):
+    monkeypatch.setattr(service.turns, "STANDING_WAIT_S", 0.3)
+    turns, log = Turns(1), []
+
+    async def take(name: str, *, patient: bool = False) -> None:
+        await turns.take("a", patient=patient)
+        log.append(name)
+
+    await take("holder")
+    late = [asyncio.create_task(take(name)) for name in ("late", "too")]
+    patient = asyncio.create_task(take("patient", patient=True))
+    await asyncio.sleep(0.35)
+    assert not any(one.done() for one in (*late, patient))
+    early, last = (asyncio.create_task(take(name)) for name in ("early", "last"))
+    await asyncio.sleep(0)
+    for expected in ("patient", "last", "early"):
+        turns.give_back()
+        await asyncio.sleep(0.01)
+        assert log[-1] == expected
+    for one in late:
+        with pytest.raises(ResourceExhausted) as refused:
             await one
-    again = asyncio.create_task(turns.take("b"))
-    await asyncio.sleep(0.1)
-    assert not again.done()
-    turns.give_back()
-    await again
+        assert refused.value.reason is Reason.OVERLOADED
+        assert refused.value.retry_after_s
+    await asyncio.gather(patient, early, last)
+    burst = [asyncio.create_task(take(name)) for name in ("first", "second")]
+    for expected in ("first", "second"):
+        await asyncio.sleep(0.01)
+        turns.give_back()
+        await asyncio.sleep(0.01)
+        assert log[-1] == expected
+    await asyncio.gather(*burst)
 
 
 async def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no turn ends at all, whoever waits is refused in the end, also the patient."""
+    """Where no turn ends at all, whoever waits is refused in the end; the patient wait on."""
     monkeypatch.setattr(service.turns, "WAIT_S", 0.1)
     turns = Turns(1)
     await turns.take("a")
-    for patient in (False, True):
-        with pytest.raises(ResourceExhausted):
-            await turns.take("a", patient=patient)
+    patient = asyncio.create_task(turns.take("a", patient=True))
+    with pytest.raises(ResourceExhausted):
+        await turns.take("a")
+    assert not patient.done()
+    turns.give_back()
+    await patient
     assert not turns._waiting
 
 
@@ -346,27 +356,35 @@ async def test_the_queue_of_an_organization_is_bounded(database: Database, datab
 async def test_another_organization_does_not_wait_behind_a_crowd(
     database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one organization's calls fill every turn and queue up, another's call has the next turn but one each time.
+    """While one organization's calls hold every turn and 60 of them wait, another's call has the next turn but one.
 
     Would catch turns given in the order in which calls come.
     """
     order: list[str] = []
-    find = service.store.customers.list_customers
+    came: Counter[str] = Counter()
+    go = asyncio.Event()
+    find, take = service.store.customers.list_customers, Turns.take
 
-    async def slowly(connection: Any, organization: str, *arguments: Any, **named: Any) -> Any:
+    async def gated(connection: Any, organization: str, *arguments: Any, **named: Any) -> Any:
         order.append(organization)
-        await asyncio.sleep(0.05)
+        await go.wait()
         return await find(connection, organization, *arguments, **named)
 
-    monkeypatch.setattr(service.store.customers, "list_customers", slowly)
+    async def counted(turns: Turns, organization: str, **named: Any) -> None:
+        came[organization] += 1
+        await take(turns, organization, **named)
+
+    monkeypatch.setattr(service.store.customers, "list_customers", gated)
+    monkeypatch.setattr(Turns, "take", counted)
     async with two_organizations(database, database_url) as two:
-        crowd = [asyncio.ensure_future(listed(two, two.one)) for _ in range(60)]
-        await until(lambda: len(order) >= READS_MAX)
-        before = len(order)
-        await listed(two, two.two)
-        # Those that had their turns, those that ended before it came, and one of the crowd for each.
-        assert order.index("two") - before <= 2 * READS_MAX
-        await asyncio.gather(*crowd)
+        crowd = [asyncio.ensure_future(listed(two, two.one)) for _ in range(READS_MAX + 60)]
+        await until(lambda: len(order) == READS_MAX and came["one"] == READS_MAX + 60)
+        other = asyncio.ensure_future(listed(two, two.two))
+        await until(lambda: came["two"])
+        go.set()
+        await other
+        assert order.index("two") <= READS_MAX + 1
+        await asyncio.gather(*crowd, return_exceptions=True)
 
 
 async def in_flight(database: Database, two: Two, number: int) -> list["asyncio.Future[Any]"]:

@@ -1,0 +1,180 @@
+"""What is left of the service when far more is asked of it than it can do; run by hand, with figures."""
+
+import asyncio
+import itertools
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from conftest import Client, Process, event, start_server, timestamp
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from metering.v1 import event_pb2, usage_pb2
+from service.postgres import EmbeddedPostgres
+
+pytestmark = pytest.mark.long
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+CALL_S = 10.0
+
+
+@asynccontextmanager
+async def served(*flags: str) -> AsyncIterator[tuple[Process, Client]]:
+    """A server in a process of its own on a Postgres that keeps what it is told, with usage to ask for."""
+    async with AsyncExitStack() as stack:
+        # Not pytest's own directory: it is closed to other users, and as root Postgres must run as one.
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        os.chmod(directory, 0o755)  # noqa: S103
+        postgres = stack.enter_context(EmbeddedPostgres(directory / "data"))
+        process = start_server("--database-url", postgres.url, "--migrate", *flags)
+        stack.callback(process.stop)
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(process.address))
+        client = Client(process.address, channel)
+        await client.create_customer(ingest_aliases=["acme"])
+        await client.create_metric(name="sum", aggregation_type="AGGREGATION_TYPE_SUM", aggregation_key="n")
+        for day in range(31):
+            events = [
+                event(at=START + timedelta(days=day, minutes=m), properties={"n": "1"}) for m in range(0, 1440, 15)
+            ]
+            await client.ingest(*events)
+        yield process, client
+
+
+def rss_mib(process: Process) -> float:
+    """How much memory a server holds now."""
+    with open(f"/proc/{process.process.pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@dataclass
+class Tally:
+    """What became of calls."""
+
+    codes: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    async def count(self, call: Awaitable[Any]) -> None:
+        """Await a call and note how it ended, and when."""
+        began = time.perf_counter()
+        try:
+            await call
+            code = "OK"
+        except grpc.aio.AioRpcError as error:
+            code = error.code().name
+        self.codes[code] += 1
+        self.seconds.setdefault(code, []).append(time.perf_counter() - began)
+
+    def ms(self, share: float, code: str = "OK") -> float:
+        """A quantile of the time of calls that ended with a code."""
+        found = sorted(self.seconds.get(code, [0.0]))
+        return found[min(len(found) - 1, int(share * len(found)))] * 1000
+
+    def __str__(self) -> str:
+        times = ", ".join(
+            f"{code} p50 {self.ms(0.5, code):.0f} p99 {self.ms(0.99, code):.0f} ms" for code in sorted(self.seconds)
+        )
+        return f"{dict(self.codes)}; {times}"
+
+
+def mixed(client: Client) -> Callable[[], Awaitable[Any]]:
+    """Begins calls: of five four read a month in days, and one brings ten events."""
+    asked = usage_pb2.ListUsageRequest(
+        window_size="WINDOW_SIZE_DAY",
+        starting_on=timestamp(START),
+        ending_before=timestamp(START + timedelta(days=31)),
+    )
+    numbers = itertools.count()
+
+    def begin() -> Any:
+        if next(numbers) % 5:
+            return client.usage.ListUsage(asked, timeout=CALL_S)
+        events = [event(at=START, properties={"n": "1"}) for _ in range(10)]
+        return client.events.IngestEvents(event_pb2.IngestEventsRequest(events=events), timeout=CALL_S)
+
+    return begin
+
+
+async def one_after_the_other(begin: Callable[[], Awaitable[Any]], workers: int, seconds: float) -> Tally:
+    """So many callers, each with a call in flight at any time."""
+    tally, ends = Tally(), time.perf_counter() + seconds
+
+    async def work() -> None:
+        while time.perf_counter() < ends:
+            await tally.count(begin())
+
+    await asyncio.gather(*(work() for _ in range(workers)))
+    return tally
+
+
+async def at_rate(begin: Callable[[], Awaitable[Any]], per_second: float, seconds: float) -> Tally:
+    """So many calls a second, whether those before have ended or not."""
+    tally, tasks = Tally(), set()
+    began = time.perf_counter()
+    for number in itertools.count():
+        due = began + number / per_second
+        if due > began + seconds:
+            break
+        if (wait := due - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        elif number % 50 == 0:
+            await asyncio.sleep(0)
+        task = asyncio.ensure_future(tally.count(begin()))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+    return tally
+
+
+async def test_four_times_capacity() -> None:
+    """A minute of four times what the server can do: health says SERVING, memory is bounded, it recovers by itself.
+
+    Prints how long admitted calls took, beside calls with nothing else going on.
+    """
+    async with served() as (process, client):
+        begin = mixed(client)
+        await one_after_the_other(begin, 4, 3)
+        alone = await one_after_the_other(begin, 1, 10)
+        full = await one_after_the_other(begin, 16, 10)
+        capacity = full.codes["OK"] / 10
+        half = await at_rate(begin, capacity / 2, 10)
+        before = rss_mib(process)
+        print(f"\nalone: {alone}\n16 at once: {capacity:.0f}/s, {full}\nhalf of it: {half}\nRSS {before:.0f} MiB")
+
+        health, most, ended = Tally(), 0.0, asyncio.Event()
+        async with grpc.aio.insecure_channel(process.address, options=[("grpc.use_local_subchannel_pool", 1)]) as other:
+
+            async def watch() -> None:
+                nonlocal most
+                stub = health_pb2_grpc.HealthStub(other)
+                while not ended.is_set():
+                    for name in ("", "metering.v1.UsageService"):
+                        answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+                        await health.count(answer)
+                        if answer.done() and await answer.code() is grpc.StatusCode.OK:
+                            assert (await answer).status == health_pb2.HealthCheckResponse.SERVING
+                    most = max(most, rss_mib(process))
+                    await asyncio.sleep(0.25)
+
+            watching = asyncio.create_task(watch())
+            over = await at_rate(begin, 4 * capacity, 60)
+            ended.set()
+            await watching
+        print(f"four times: {over}\nhealth: {health}\nRSS at most {most:.0f} MiB")
+        print(f"admitted {over.codes['OK'] / 60:.0f}/s of {4 * capacity:.0f}/s asked")
+        for second in range(1, 6):
+            after = await one_after_the_other(begin, 1, 1)
+            print(f"second {second} after: {after}")
+        assert set(health.codes) == {"OK"}
+        assert set(over.codes) <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+        assert set(after.codes) == {"OK"}
+        assert after.ms(0.5) < 10 * alone.ms(0.5)
+        assert most - before < 256
