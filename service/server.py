@@ -45,13 +45,14 @@ from metering.v1 import (
     usage_record_report_pb2,
     usage_record_report_pb2_grpc,
 )
+from service import limits
 from service.auth import Auth
 from service.auth.certificates import BadClients, Clients
 from service.auth.tokens import BadTokenSettings, Tokens
 from service.backfill import Backfill
-from service.config import Config, Load
+from service.config import Config, Load, Tls
 from service.database import Database, UnsafeDatabase
-from service.domain.events import EVENTS_MAX
+from service.domain.events import MERGED_EVENTS_MAX
 from service.gateway import Gateway, gateway, is_loopback
 from service.ingest import Ingest
 from service.migrations import is_current, upgrade
@@ -65,6 +66,7 @@ from service.rpc.compat.suger_record_groups import SugerUsageRecordGroups
 from service.rpc.customers import CustomerService
 from service.rpc.entitlements import EntitlementService
 from service.rpc.events import EventService
+from service.rpc.hardened import aio_server
 from service.rpc.interceptor import Interceptor, RequestBytes, Room
 from service.rpc.pages import PageTokens
 from service.rpc.record_groups import UsageRecordGroupService
@@ -143,6 +145,8 @@ class Addresses(list[str]):
     """Where a server listens, with real ports, and the gateway in front of it, if there is one."""
 
     gateway: Gateway | None = None
+    # Done once gRPC takes no more calls.
+    ended: "asyncio.Task[bool]"
 
 
 class CannotServe(Exception):
@@ -153,12 +157,14 @@ class CannotServe(Exception):
 async def serving(config: Config, database: Database) -> AsyncIterator[Addresses]:
     """Serve `database` on the configured addresses, and the gateway, while the block runs, then drain.
 
-    Raises CannotServe when an address is taken or not allowed, or the database is not ready for this version,
-    GatewayError.
+    Raises CannotServe when an address is taken or not allowed, a setting is wrong, or the database is not ready for
+    this version, GatewayError.
     """
+    if wrong := limits.faults():
+        raise CannotServe(" ".join(wrong))
     load = config.load
     auth, tokens = await _auth(config, database), PageTokens(database)
-    rate = None if load.ingest_rate is None else Rate(load.ingest_rate, EVENTS_MAX)
+    rate = None if load.ingest_rate is None else Rate(load.ingest_rate, MERGED_EVENTS_MAX)
     ingest = Ingest(database, config.time_limits, rate, queue_events_max=load.ingest_queue_max)
     backfill = Backfill(database)
     reporting = Reporting(database, config.partner_rules)
@@ -170,10 +176,7 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
         raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
     if await auth.is_open():
         require_local((*config.listen, *filter(None, [config.gateway])))
-    try:
-        tls = None if config.tls is None else credentials(config.tls)
-    except BadCertificate as error:
-        raise CannotServe(str(error)) from error
+    _check_tls(config)
     _say_who_comes_in(config, is_open=await auth.is_open())
     streams = Streams(config.stream_stall)
     room = Room(
@@ -181,7 +184,7 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
         Places("open streams", load.streams_max, load.streams_of_organization_max),
         *(RequestBytes(load.request_bytes_max) for _ in range(4)),
     )
-    server = grpc.aio.server(interceptors=[Interceptor(auth, room, streams, DECODERS)], options=_options(load))
+    server = aio_server(interceptors=[Interceptor(auth, room, streams, DECODERS)], options=_options(load))
     _add_services(server, config, database, tokens, ingest, backfill, streams, room.batch_bytes, rate)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -189,9 +192,10 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
         (*SERVICES, *COMPAT_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
     with contextlib.ExitStack() as addresses:
-        bound = Addresses(addresses.enter_context(_listen(server, address, tls)) for address in config.listen)
+        bound = Addresses(addresses.enter_context(_listen(server, address, config.tls)) for address in config.listen)
         await _set_health(health_servicer, database)
         await server.start()
+        bound.ended = asyncio.create_task(server.wait_for_termination())
         work = (backfill.run(), reporting.run(), _watch_health(health_servicer, database))
         tasks = [asyncio.create_task(one) for one in work]
         front, clock = contextlib.AsyncExitStack(), asyncio.get_running_loop().time
@@ -208,7 +212,7 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
             streams.draining.set()
             await front.aclose()
             await server.stop(max(0.0, ends - clock()))
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, bound.ended, return_exceptions=True)
             await ingest.close()
 
 
@@ -273,6 +277,8 @@ async def serve(config: Config, ready: Callable[[Addresses], None]) -> None:
         async with serving(config, database) as addresses:
             ready(addresses)
             while not stop.is_set():
+                if addresses.ended.done():
+                    raise CannotServe("gRPC ended by itself, so that no call would be answered any more.")
                 if addresses.gateway is not None:
                     addresses.gateway.check()
                 if postgres is not None:
@@ -290,11 +296,6 @@ async def _gateway(config: Config, server: str) -> AsyncIterator[Gateway | None]
     if config.gateway is None:
         yield None
         return
-    if config.tls is not None and not server.startswith("unix:"):
-        raise CannotServe(
-            "The gateway calls the server's first address without TLS: let that be a unix socket, such as "
-            "--listen unix:/run/metering/metering.sock --listen 0.0.0.0:50051."
-        )
     host, colon, port = server.rpartition(":")
     # A server on all addresses is called on one.
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104  # not bound here
@@ -335,6 +336,23 @@ async def _auth(config: Config, database: Database) -> Auth:
     return Auth(database, tokens, clients)
 
 
+def _check_tls(config: Config) -> None:
+    """Raise CannotServe where TLS is on and something would go around it."""
+    if config.tls is None or config.gateway is None:
+        return
+    if not config.listen[0].startswith("unix:"):
+        raise CannotServe(
+            "The gateway calls the server's first address without TLS: let that be a unix socket, such as "
+            "--listen unix:/run/metering/metering.sock --listen 0.0.0.0:50051."
+        )
+    if not is_loopback(config.gateway):
+        raise CannotServe(
+            f"The gateway on {config.gateway} would take credentials from other machines without TLS, which is on for "
+            "the server. Let it listen on loopback (--gateway 127.0.0.1:8080), behind a proxy on this machine that "
+            "ends TLS; or run `metering gateway --server unix:/path` apart, where plain HTTP is meant."
+        )
+
+
 def _say_who_comes_in(config: Config, *, is_open: bool) -> None:
     if is_open:
         log.warning("open mode: no credentials are configured, every local caller is an administrator")
@@ -357,11 +375,16 @@ def require_local(addresses: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _listen(server: grpc.aio.Server, address: str, tls: grpc.ServerCredentials | None) -> Iterator[str]:
+def _listen(server: grpc.aio.Server, address: str, tls: Tls | None) -> Iterator[str]:
     """Bind one address while the block runs; yields it with its real port. Unix sockets do without TLS."""
     if not address.startswith("unix:"):
         try:
-            port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls)
+            if tls is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, credentials(tls))
+        except BadCertificate as error:
+            raise CannotServe(str(error)) from error
         except RuntimeError as error:
             raise CannotServe(f"Cannot listen on {address}: it is in use or not an address of this machine.") from error
         yield f"{address.rpartition(':')[0]}:{port}"

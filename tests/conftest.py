@@ -20,7 +20,7 @@ import pytest
 import sqlalchemy as sa
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import HealthCheck, settings
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from metering.v1 import (
     billable_metric_pb2,
@@ -42,6 +42,7 @@ from service.migrations import upgrade
 from service.postgres import EmbeddedPostgres
 from service.reporting import Reporting
 from service.server import serving
+from service.store.tables import APPLICATION_ROLE, ORGANIZATION_SETTING
 
 # Tests make their databases safe to lose: speed is all that matters to them.
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
@@ -56,6 +57,19 @@ settings.register_profile(
 settings.load_profile("metering")
 
 _numbers = itertools.count()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the fuzzer run for as long as one likes."""
+    parser.addoption("--minutes", type=float, default=1.0, help="how long test_fuzz.py sends requests (default: 1)")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests recorded as their `summary`, in whatever worker they ran."""
+    reports = [one for found in terminalreporter.stats.values() for one in found if getattr(one, "when", "") == "call"]
+    for name, text in (pair for one in reports for pair in one.user_properties):
+        if name == "summary":
+            terminalreporter.write_line(str(text))
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +113,17 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     database = Database(database_url)
     yield database
     await database.close()
+
+
+@asynccontextmanager
+async def acting_for(database: Database, organization: str | None) -> AsyncIterator[AsyncConnection]:
+    """A transaction that Postgres limits to an organization, as it does callers'; it is undone at the end."""
+    async with database.engine.connect() as connection:
+        await connection.exec_driver_sql(f"SET LOCAL ROLE {APPLICATION_ROLE}")
+        if organization is not None:
+            await connection.execute(sa.select(sa.func.set_config(ORGANIZATION_SETTING, organization, True)))
+        yield connection
+        await connection.rollback()
 
 
 @pytest.fixture(autouse=True)

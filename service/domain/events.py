@@ -28,10 +28,11 @@ IDS_MAX = limit(
     about="transaction ids of one SearchEvents call",
     field="transaction_ids",
 )
+# All properties of a group are looked at in one go, which keeps other calls waiting.
 PROPERTIES_MAX = limit(
     "PROPERTIES",
     64,
-    most=256,
+    most=128,
     about="properties of an event or a billable record",
     field="events[0].properties",
     error="REJECTED, LIMIT_EXCEEDED",

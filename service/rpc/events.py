@@ -11,7 +11,7 @@ from metering.v1 import event_pb2 as pb
 from metering.v1 import event_pb2_grpc
 from service.database import Database
 from service.domain import pages
-from service.domain.events import EVENTS_MAX
+from service.domain.events import MERGED_EVENTS_MAX
 from service.errors import Reason, invalid
 from service.ingest import Batch, Ingest
 from service.rpc.interceptor import Context, RequestBytes, organization
@@ -172,7 +172,7 @@ class _Inbox:
             events = 0
             while self._waiting:
                 events += len(self._waiting[0].batch.items)
-                if taken and events > EVENTS_MAX:
+                if taken and events > MERGED_EVENTS_MAX:
                     break
                 taken.append(self._waiting.popleft())
         if not taken and self._error is not None:

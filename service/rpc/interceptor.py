@@ -16,6 +16,7 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from service.auth import Auth, Caller
+from service.auth.certificates import names_of
 from service.auth.permissions import PUBLIC_SERVICES
 from service.domain.roles import Role
 from service.errors import MeteringError, PermissionDenied, Reason, Unauthenticated, invalid
@@ -223,14 +224,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
             raise Unauthenticated(Reason.CREDENTIAL_INVALID, "The credential is not of the same organization any more.")
 
 
-def _certificate_names(context: Context) -> list[str]:
-    """Return the SPIFFE id and the DNS names of the client's certificate; never its common name."""
-    found = context.auth_context() or {}
-    return [
-        name.decode(errors="replace")
-        for key in ("peer_spiffe_id", "x509_uri", "x509_dns")
-        for name in found.get(key, ())
-    ]
+def _certificate_names(context: Context) -> tuple[str, ...]:
+    """Return the names of the client's certificate."""
+    found = next(iter((context.auth_context() or {}).get("x509_pem_cert", ())), None)
+    return () if found is None else names_of(found.decode())
 
 
 def _decoded(decode: Any, raw: bytes) -> Any:

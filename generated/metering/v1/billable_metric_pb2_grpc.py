@@ -27,6 +27,9 @@ if _version_not_supported:
 
 class BillableMetricServiceStub:
     """Keeps billable metrics: the rules by which events become numbers.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel):
@@ -64,6 +67,9 @@ class BillableMetricServiceStub:
 
 class BillableMetricServiceServicer:
     """Keeps billable metrics: the rules by which events become numbers.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def CreateBillableMetric(self, request, context):
@@ -150,6 +156,9 @@ def add_BillableMetricServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class BillableMetricService:
     """Keeps billable metrics: the rules by which events become numbers.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @staticmethod

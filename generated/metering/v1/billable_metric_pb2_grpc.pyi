@@ -27,7 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class BillableMetricServiceStub:
-    """Keeps billable metrics: the rules by which events become numbers."""
+    """Keeps billable metrics: the rules by which events become numbers.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -60,7 +64,11 @@ class BillableMetricServiceStub:
 
 @_typing.type_check_only
 class BillableMetricServiceAsyncStub(BillableMetricServiceStub):
-    """Keeps billable metrics: the rules by which events become numbers."""
+    """Keeps billable metrics: the rules by which events become numbers.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateBillableMetric: _aio.UnaryUnaryMultiCallable[_billable_metric_pb2.CreateBillableMetricRequest, _billable_metric_pb2.CreateBillableMetricResponse]  # type: ignore[assignment]
@@ -89,7 +97,11 @@ class BillableMetricServiceAsyncStub(BillableMetricServiceStub):
     """
 
 class BillableMetricServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Keeps billable metrics: the rules by which events become numbers."""
+    """Keeps billable metrics: the rules by which events become numbers.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
+    """
 
     @_abc_1.abstractmethod
     def CreateBillableMetric(

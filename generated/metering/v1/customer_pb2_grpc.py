@@ -27,6 +27,9 @@ if _version_not_supported:
 
 class CustomerServiceStub:
     """Keeps customers: who consumes, and under which keys events name them.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel):
@@ -74,6 +77,9 @@ class CustomerServiceStub:
 
 class CustomerServiceServicer:
     """Keeps customers: who consumes, and under which keys events name them.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def CreateCustomer(self, request, context):
@@ -185,6 +191,9 @@ def add_CustomerServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class CustomerService:
     """Keeps customers: who consumes, and under which keys events name them.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @staticmethod

@@ -27,7 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CustomerServiceStub:
-    """Keeps customers: who consumes, and under which keys events name them."""
+    """Keeps customers: who consumes, and under which keys events name them.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -67,7 +71,11 @@ class CustomerServiceStub:
 
 @_typing.type_check_only
 class CustomerServiceAsyncStub(CustomerServiceStub):
-    """Keeps customers: who consumes, and under which keys events name them."""
+    """Keeps customers: who consumes, and under which keys events name them.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateCustomer: _aio.UnaryUnaryMultiCallable[_customer_pb2.CreateCustomerRequest, _customer_pb2.CreateCustomerResponse]  # type: ignore[assignment]
@@ -103,7 +111,11 @@ class CustomerServiceAsyncStub(CustomerServiceStub):
     """
 
 class CustomerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Keeps customers: who consumes, and under which keys events name them."""
+    """Keeps customers: who consumes, and under which keys events name them.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
+    """
 
     @_abc_1.abstractmethod
     def CreateCustomer(

@@ -31,6 +31,9 @@ class EntitlementServiceStub:
 
     Every dimension key has one record metric (see `BillableMetric.record_key`), made together with the dimension: it
     sums what is reported under the key, for UsageService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel):
@@ -87,6 +90,9 @@ class EntitlementServiceServicer:
 
     Every dimension key has one record metric (see `BillableMetric.record_key`), made together with the dimension: it
     sums what is reported under the key, for UsageService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def CreateProduct(self, request, context):
@@ -215,6 +221,9 @@ class EntitlementService:
 
     Every dimension key has one record metric (see `BillableMetric.record_key`), made together with the dimension: it
     sums what is reported under the key, for UsageService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @staticmethod

@@ -32,6 +32,9 @@ class EntitlementServiceStub:
 
     Every dimension key has one record metric (see `BillableMetric.record_key`), made together with the dimension: it
     sums what is reported under the key, for UsageService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @_typing.overload
@@ -81,6 +84,9 @@ class EntitlementServiceAsyncStub(EntitlementServiceStub):
 
     Every dimension key has one record metric (see `BillableMetric.record_key`), made together with the dimension: it
     sums what is reported under the key, for UsageService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -126,6 +132,9 @@ class EntitlementServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every dimension key has one record metric (see `BillableMetric.record_key`), made together with the dimension: it
     sums what is reported under the key, for UsageService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @_abc_1.abstractmethod

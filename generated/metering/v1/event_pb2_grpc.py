@@ -30,6 +30,9 @@ class EventServiceStub:
 
     An event is identified by its `transaction_id` within the caller's organization, for ever: there is no expiry
     after which the same id would count again.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel):
@@ -65,6 +68,9 @@ class EventServiceServicer:
 
     An event is identified by its `transaction_id` within the caller's organization, for ever: there is no expiry
     after which the same id would count again.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def IngestEvents(self, request, context):
@@ -165,6 +171,9 @@ class EventService:
 
     An event is identified by its `transaction_id` within the caller's organization, for ever: there is no expiry
     after which the same id would count again.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @staticmethod

@@ -31,6 +31,9 @@ class EventServiceStub:
 
     An event is identified by its `transaction_id` within the caller's organization, for ever: there is no expiry
     after which the same id would count again.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @_typing.overload
@@ -90,6 +93,9 @@ class EventServiceAsyncStub(EventServiceStub):
 
     An event is identified by its `transaction_id` within the caller's organization, for ever: there is no expiry
     after which the same id would count again.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -145,6 +151,9 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
 
     An event is identified by its `transaction_id` within the caller's organization, for ever: there is no expiry
     after which the same id would count again.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @_abc_1.abstractmethod

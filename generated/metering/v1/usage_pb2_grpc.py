@@ -27,6 +27,9 @@ if _version_not_supported:
 
 class UsageServiceStub:
     """Answers with usage: aggregates of events in time windows.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel):
@@ -59,6 +62,9 @@ class UsageServiceStub:
 
 class UsageServiceServicer:
     """Answers with usage: aggregates of events in time windows.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def ListUsage(self, request, context):
@@ -149,6 +155,9 @@ def add_UsageServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class UsageService:
     """Answers with usage: aggregates of events in time windows.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @staticmethod

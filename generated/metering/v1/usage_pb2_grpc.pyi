@@ -27,7 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class UsageServiceStub:
-    """Answers with usage: aggregates of events in time windows."""
+    """Answers with usage: aggregates of events in time windows.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -74,7 +78,11 @@ class UsageServiceStub:
 
 @_typing.type_check_only
 class UsageServiceAsyncStub(UsageServiceStub):
-    """Answers with usage: aggregates of events in time windows."""
+    """Answers with usage: aggregates of events in time windows.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListUsage: _aio.UnaryUnaryMultiCallable[_usage_pb2.ListUsageRequest, _usage_pb2.ListUsageResponse]  # type: ignore[assignment]
@@ -117,7 +125,11 @@ class UsageServiceAsyncStub(UsageServiceStub):
     """Streams what ListUsageWithGroups pages through, as StreamUsage does for ListUsage, and fails like both."""
 
 class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Answers with usage: aggregates of events in time windows."""
+    """Answers with usage: aggregates of events in time windows.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
+    """
 
     @_abc_1.abstractmethod
     def ListUsage(

@@ -33,6 +33,9 @@ class UsageRecordGroupServiceStub:
     that stores it: its records count in UsageService at once, under the record metrics of their keys, as usage of the
     buyer; and they leave when it is deleted. Every hour the groups not reported yet are rolled up, see
     UsageRecordReportService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel):
@@ -81,6 +84,9 @@ class UsageRecordGroupServiceServicer:
     that stores it: its records count in UsageService at once, under the record metrics of their keys, as usage of the
     buyer; and they leave when it is deleted. Every hour the groups not reported yet are rolled up, see
     UsageRecordReportService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def BatchValidateUsageRecordGroups(self, request, context):
@@ -196,6 +202,9 @@ class UsageRecordGroupService:
     that stores it: its records count in UsageService at once, under the record metrics of their keys, as usage of the
     buyer; and they leave when it is deleted. Every hour the groups not reported yet are rolled up, see
     UsageRecordReportService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @staticmethod

@@ -34,6 +34,9 @@ class UsageRecordGroupServiceStub:
     that stores it: its records count in UsageService at once, under the record metrics of their keys, as usage of the
     buyer; and they leave when it is deleted. Every hour the groups not reported yet are rolled up, see
     UsageRecordReportService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @_typing.overload
@@ -89,6 +92,9 @@ class UsageRecordGroupServiceAsyncStub(UsageRecordGroupServiceStub):
     that stores it: its records count in UsageService at once, under the record metrics of their keys, as usage of the
     buyer; and they leave when it is deleted. Every hour the groups not reported yet are rolled up, see
     UsageRecordReportService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -140,6 +146,9 @@ class UsageRecordGroupServiceServicer(metaclass=_abc_1.ABCMeta):
     that stores it: its records count in UsageService at once, under the record metrics of their keys, as usage of the
     buyer; and they leave when it is deleted. Every hour the groups not reported yet are rolled up, see
     UsageRecordReportService.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @_abc_1.abstractmethod

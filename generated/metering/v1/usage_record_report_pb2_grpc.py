@@ -33,6 +33,9 @@ class UsageRecordReportServiceStub:
     changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
     come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
     hour.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel):
@@ -66,6 +69,9 @@ class UsageRecordReportServiceServicer:
     changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
     come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
     hour.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def ListUsageRecordReports(self, request, context):
@@ -135,6 +141,9 @@ class UsageRecordReportService:
     changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
     come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
     hour.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @staticmethod

@@ -34,6 +34,9 @@ class UsageRecordReportServiceStub:
     changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
     come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
     hour.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @_typing.overload
@@ -71,6 +74,9 @@ class UsageRecordReportServiceAsyncStub(UsageRecordReportServiceStub):
     changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
     come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
     hour.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -104,6 +110,9 @@ class UsageRecordReportServiceServicer(metaclass=_abc_1.ABCMeta):
     changes: its time and quantities are what the marketplace is told, however often that must be tried. Records that
     come late, or are retried, go into the report of a later hour, because AWS and Azure refuse a second quantity for one
     hour.
+
+    How many items, characters and bytes are taken is said by their defaults; an operator can change them
+    (docs/limits.md), and errors say the numbers that hold.
     """
 
     @_abc_1.abstractmethod

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from metering.v1 import error_reason_pb2, usage_record_group_pb2
 from service.domain import checks, pages, quantities, record_groups
@@ -95,16 +96,25 @@ def _one_by_one(request: type[Message], raw: bytes) -> Sent:
         except DecodeError:
             parts = _PARTS.FromString(one)
             group = usage_record_group_pb2.NewUsageRecordGroup(id=parts.id, entitlement_id=parts.entitlement_id)
-            unreadable[i] = next(
-                (f"billable_records[{j}]" for j, part in enumerate(parts.items) if not _is_record(part)), "meta_info"
-            )
+            unreadable[i] = _broken(parts)
         groups.append(group)
     return Sent(groups, unreadable)
 
 
-def _is_record(raw: bytes) -> bool:
+def _broken(parts: Any) -> str:
+    """Return the path of the first part of a group that cannot be decoded; what is no part is the records."""
+    found: list[tuple[str, bytes, type[Message]]] = []
+    found += [
+        (f"billable_records[{i}]", raw, usage_record_group_pb2.BillableRecord) for i, raw in enumerate(parts.items)
+    ]
+    found += [("timestamp", raw, Timestamp) for raw in parts.timestamps]
+    found += [("meta_info", raw, usage_record_group_pb2.UsageRecordGroupMetaInfo) for raw in parts.meta_infos]
+    return next((path for path, raw, kind in found if not _is_message(raw, kind)), "records")
+
+
+def _is_message(raw: bytes, kind: type[Message]) -> bool:
     try:
-        usage_record_group_pb2.BillableRecord.FromString(raw)
+        kind.FromString(raw)
     except DecodeError:
         return False
     return True
@@ -125,7 +135,14 @@ def _shallow(name: str, **fields: tuple[int, int]) -> Any:
 
 _TEXT, _BYTES = descriptor_pb2.FieldDescriptorProto.TYPE_STRING, descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
 _LISTED = _shallow("Listed", items=(1, _BYTES))
-_PARTS = _shallow("Parts", id=(1, _TEXT), entitlement_id=(2, _TEXT), items=(4, _BYTES))
+_PARTS = _shallow(
+    "Parts",
+    id=(1, _TEXT),
+    entitlement_id=(2, _TEXT),
+    items=(4, _BYTES),
+    timestamps=(5, _BYTES),
+    meta_infos=(6, _BYTES),
+)
 
 # How the requests of methods are decoded, where not as gRPC does.
 DECODERS: Mapping[str, Callable[[bytes], Sent]] = {
