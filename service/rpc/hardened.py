@@ -1,53 +1,90 @@
-"""Owns gRPC's server object, with faults of grpcio put right that any stranger could use.
+"""Owns gRPC's server object, with what grpcio does wrong put right: faults that strangers or mere load bring out.
 
-Seen in grpcio 1.85: tests/test_hostile_input.py sends what provokes them.
+It reaches into grpcio, whose version is therefore pinned; tests/test_hostile_input.py and tests/test_overload.py send
+what it is for.
 """
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # has no types
 
+# How many calls of a method can be taken in between two looks at the network.
+_TAKEN_AT_ONCE = 16
 
-def aio_server(**arguments: Any) -> grpc.aio.Server:
-    """Make a server as `grpc.aio.server` does, that no path ends and that logs nothing of what callers send."""
+
+def aio_server(interceptors: Sequence[grpc.aio.ServerInterceptor], options: Sequence[tuple[str, int]]) -> Any:
+    """Make a server as `grpc.aio.server` does, that takes calls in as fast as they come and that no path ends.
+
+    Nor does it log what callers send.
+    """
     logger = logging.getLogger("grpc._cython.cygrpc")
     if _is_ours not in logger.filters:
         logger.addFilter(_is_ours)
     original, cygrpc.AioServer = cygrpc.AioServer, _Server
     try:
-        return grpc.aio.server(**arguments)
+        return grpc.aio.server(interceptors=interceptors, options=options)
     finally:
         cygrpc.AioServer = original
 
 
 class _Server(cygrpc.AioServer):  # type: ignore[misc]  # as above
-    """Answers calls of methods that are not registered without looking at their paths.
+    """Takes calls in by itself.
 
-    gRPC decodes them in the loop that takes calls in, so that one path that is no text ends the whole server, before
-    any credential is asked for. All methods that there are are registered, and never come this way.
+    gRPC takes one call of each method at a time, and looks at all methods for each. Under load calls wait for that for
+    seconds, in a queue which nobody sees and whose order no limit can change: those that are refused are refused late,
+    and those that are served are late too. And it decodes the paths of methods that do not exist in the loop that takes
+    calls in, so that one path that is no text ends the server, before any credential is asked for; here they are
+    answered unseen.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *arguments: Any) -> None:
-        super().__init__(loop, *arguments)
-        self._refusing_loop = loop
-        self._refused: set[asyncio.Task[None]] = set()
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        thread_pool: Any,
+        generic_handlers: Any,
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
+        *rest: Any,
+    ) -> None:
+        super().__init__(loop, thread_pool, generic_handlers, interceptors, *rest)
+        self._our_loop = loop
+        self._our_interceptors = tuple(interceptors)
+        self._our_handlers: dict[str, Any] = {}
+        self._our_tasks: set[asyncio.Task[None]] = set()
 
-    def _make_request_call_future(self, method: bytes | None) -> Any:
-        if method is not None:
-            return super()._make_request_call_future(method)
-        return self._refusing_loop.create_task(self._refuse_unregistered())
+    def add_registered_method_handlers(self, handlers: Mapping[str, Any]) -> None:
+        """Keep the handlers, which gRPC's own object does not give away."""
+        self._our_handlers.update(handlers)
+        super().add_registered_method_handlers(handlers)
 
-    async def _refuse_unregistered(self) -> None:
-        loop, nothing = self._refusing_loop, cygrpc._MethodResolver([], {})
+    def _make_request_call_future(self, method: bytes | None) -> "asyncio.Task[None]":
+        # gRPC waits for it: it ends when the server does, and the others with it.
+        leader = self._our_loop.create_task(self._take_calls(method, leads=True))
+        for _ in range(_TAKEN_AT_ONCE - 1):
+            self._keep(self._our_loop.create_task(self._take_calls(method, leads=False)))
+        return leader
+
+    async def _take_calls(self, method: bytes | None, *, leads: bool) -> None:
+        """Take calls of a method (None = of methods that do not exist) as long as the server runs."""
+        name = "" if method is None else method.decode()
+        handlers = cygrpc._MethodResolver([], {} if method is None else self._our_handlers)
+        interceptors = () if method is None else self._our_interceptors
         while True:
-            call = await self._request_call()
-            answer = cygrpc._handle_rpc("", nothing, (), call, loop, False)
-            task = loop.create_task(cygrpc._schedule_rpc_coro(answer, call, loop, ""))
-            self._refused.add(task)
-            task.add_done_callback(self._refused.discard)
+            try:
+                call = await (self._request_call() if method is None else self._request_registered_call(method))
+            except cygrpc._RequestCallError:
+                if leads:
+                    raise  # what gRPC expects at its end
+                return
+            answer = cygrpc._handle_rpc(name, handlers, interceptors, call, self._our_loop, False)
+            self._keep(self._our_loop.create_task(cygrpc._schedule_rpc_coro(answer, call, self._our_loop, name)))
+
+    def _keep(self, task: "asyncio.Task[None]") -> None:
+        self._our_tasks.add(task)
+        task.add_done_callback(self._our_tasks.discard)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
