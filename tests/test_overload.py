@@ -1,8 +1,10 @@
 """What is left of the service when far more is asked of it than it can do; run by hand, with figures."""
 
 import asyncio
+import contextlib
 import itertools
 import os
+import random
 import tempfile
 import time
 from collections import Counter
@@ -16,7 +18,9 @@ from typing import Any
 import grpc
 import pytest
 from conftest import Client, Process, event, start_server, timestamp
+from faults import until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from test_hostile_input import RST_STREAM, World, frame, opening, wire
 
 from metering.v1 import event_pb2, usage_pb2
 from service.postgres import EmbeddedPostgres
@@ -178,3 +182,144 @@ async def test_four_times_capacity() -> None:
         assert set(after.codes) == {"OK"}
         assert after.ms(0.5) < 10 * alone.ms(0.5)
         assert most - before < 256
+
+
+def monthly() -> usage_pb2.StreamUsageRequest:
+    """A stream of hours: more than a reader that does not read can hold."""
+    return usage_pb2.StreamUsageRequest(
+        window_size="WINDOW_SIZE_HOUR",
+        starting_on=timestamp(START - timedelta(days=365 * 20)),
+        ending_before=timestamp(START + timedelta(days=31)),
+    )
+
+
+async def test_idle_and_slow_streams() -> None:
+    """With 1,000 streams that say nothing and 1,000 that are read slowly, calls are answered as without them.
+
+    All stay open, the slow ones go on, and their memory is bounded. Prints the figures.
+    """
+    async with served("--stream-stall", "600") as (process, client), AsyncExitStack() as stack:
+        begin = mixed(client)
+        await one_after_the_other(begin, 2, 3)
+        without = await one_after_the_other(begin, 2, 15)
+        before = rss_mib(process)
+        alone = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.http2.lookahead_bytes", 65535),
+            ("grpc.http2.bdp_probe", 0),
+        ]
+        others = [
+            Client(process.address, await stack.enter_async_context(grpc.aio.insecure_channel(process.address, alone)))
+            for _ in range(20)
+        ]
+        idle = [others[number % 20].events.StreamEvents() for number in range(1_000)]
+        for number, stream in enumerate(idle):
+            await stream.write(event_pb2.StreamEventsRequest(sequence=1, events=[event(f"idle-{number}")]))
+        for stream in idle:
+            assert (await stream.read()).sequence == 1
+        slow = [others[number % 20].usage.StreamUsage(monthly()) for number in range(1_000)]
+        read, ended = [0] * 1_000, asyncio.Event()
+
+        async def trickle(number: int) -> None:
+            while not ended.is_set():
+                assert await slow[number].read() is not grpc.aio.EOF
+                read[number] += 1
+                await asyncio.sleep(10)
+
+        reading = [asyncio.create_task(trickle(number)) for number in range(1_000)]
+        began = time.perf_counter()
+        await until(lambda: all(read), 400)
+        print(f"\nall 2,000 open after {time.perf_counter() - began:.0f} s")
+        beside = await one_after_the_other(begin, 2, 30)
+        print(f"without: {without}\nbeside:  {beside}")
+        print(f"RSS {before:.0f} -> {rss_mib(process):.0f} MiB; slow streams read {min(read)} to {max(read)} messages")
+        assert set(beside.codes) == {"OK"}
+        assert not any(task.done() for task in reading)
+        assert not any(stream.done() for stream in (*idle, *slow))
+        for number, stream in enumerate(idle):
+            await stream.write(event_pb2.StreamEventsRequest(sequence=2, events=[event(f"again-{number}")]))
+        for stream in idle:
+            assert (await stream.read()).sequence == 2
+        ended.set()
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+
+async def test_connections_that_are_none() -> None:
+    """Among 1,000 connections that say nothing, 1,000 that end in garbage and 300 half-open ones, calls are answered.
+
+    Those that say nothing are closed after the time of a handshake. Prints the figures.
+    """
+    async with served() as (process, client), AsyncExitStack() as stack:
+        host, _, port = process.address.rpartition(":")
+        begin = mixed(client)
+        await one_after_the_other(begin, 2, 3)
+        without = await one_after_the_other(begin, 2, 10)
+        before, files = rss_mib(process), len(os.listdir(f"/proc/{process.process.pid}/fd"))
+        silent = [await asyncio.open_connection(host, int(port)) for _ in range(1_000)]
+        for _, writer in silent:
+            stack.callback(writer.close)
+        generator = random.Random(7)
+
+        async def garbage() -> None:
+            for number in range(1_000):
+                _, writer = await asyncio.open_connection(host, int(port))
+                preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" if number % 2 else b""
+                writer.write(preface + generator.randbytes(generator.randrange(1, 2_000)))
+                with contextlib.suppress(ConnectionError):
+                    await writer.drain()
+                if number % 3:
+                    writer.close()
+                elif number % 10 < 9:
+                    writer.transport.abort()
+
+        noise = asyncio.create_task(garbage())
+        beside = await one_after_the_other(begin, 2, 20)
+        await noise
+        print(f"\nwithout: {without}\nbeside:  {beside}\nRSS {before:.0f} -> {rss_mib(process):.0f} MiB")
+        assert set(beside.codes) == {"OK"}
+
+        def closed() -> bool:
+            return all(reader.at_eof() or reader.exception() is not None for reader, _ in silent)
+
+        began = time.perf_counter()
+        reads = [asyncio.create_task(reader.read()) for reader, _ in silent]
+        await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 60)
+        assert closed()
+        print(f"the silent ones are gone {time.perf_counter() - began:.0f} s later")
+        await until(lambda: len(os.listdir(f"/proc/{process.process.pid}/fd")) < files + 50, 60)
+
+
+async def test_rapid_resets() -> None:
+    """100,000 calls that are taken back as soon as they were sent do not keep others from their answers for long."""
+    async with served() as (process, client):
+        begin = mixed(client)
+        await one_after_the_other(begin, 2, 3)
+        without = await one_after_the_other(begin, 2, 10)
+        before = rss_mib(process)
+        world = World(client, None)  # type: ignore[arg-type]  # nothing is looked up
+
+        async def reset(connections: int) -> int:
+            sent = 0
+            for _ in range(connections):
+                with contextlib.suppress(ConnectionError, OSError):
+                    async with wire(world) as connection:
+                        for stream in range(1, 10_000, 2):
+                            code = (8).to_bytes(4, "big")
+                            await connection.send(opening(world, stream), frame(RST_STREAM, 0, stream, code))
+                            sent += 1
+            return sent
+
+        began = time.perf_counter()
+        resets = asyncio.gather(*(reset(5) for _ in range(4)))
+        beside = await one_after_the_other(begin, 2, 10)
+        sent = sum(await resets)
+        took = time.perf_counter() - began
+        print(f"\n{sent:,} resets in {took:.0f} s\nwithout: {without}\nbeside:  {beside}")
+        print(f"RSS {before:.0f} -> {rss_mib(process):.0f} MiB")
+        after = await one_after_the_other(begin, 2, 5)
+        print(f"after: {after}")
+        assert sent >= 100_000
+        assert set(beside.codes) <= {"OK", "RESOURCE_EXHAUSTED"}
+        assert set(after.codes) == {"OK"}

@@ -153,10 +153,9 @@ class Auth:
         return trusted.caller
 
     async def _look_up(self, key_id: str) -> _Trusted | None:
-        known = self._trusted.pop(key_id, None) is not None
-        find = lambda connection: organizations.find_api_key(connection, key_id)  # noqa: E731
-        stored = await (self._ask(key_id, find) if known else self._ask_for_stranger(key_id, find))
+        stored = await self._ask_about(key_id, lambda connection: organizations.find_api_key(connection, key_id))
         if stored is None or stored.revoked_at is not None:
+            self._trusted.pop(key_id, None)
             return None
         expires = float("inf") if stored.expires_at is None else stored.expires_at.timestamp()
         return self._trust(key_id, Caller(stored.organization, stored.roles), stored.secret_hash, expires)
@@ -196,10 +195,11 @@ class Auth:
         key = ("organization", name)
         if self._recall(key) is not None:
             return
-        if "\0" in name or not await self._ask_for_stranger(
+        if not name.isprintable() or not await self._ask_about(
             key, lambda connection: organizations.organization_exists(connection, name)
         ):
-            log.warning("a credential names an organization that does not exist", organization=name)
+            # Whatever is in a name, it must not look like something else in the log.
+            log.warning("a credential names an organization that does not exist", organization=ascii(name)[:100])
             raise _refused()
         self._trust(key, Caller(name), b"", float("inf"))
 
@@ -213,6 +213,10 @@ class Auth:
         trusted = _Trusted(caller, secret_hash, time.monotonic() + TRUST_S, expires)
         self._trusted[key] = trusted
         return trusted
+
+    async def _ask_about(self, key: Hashable, work: Callable[[AsyncConnection], Awaitable[Answer]]) -> Answer:
+        # What was good lately does not wait behind what was never seen.
+        return await (self._ask(key, work) if key in self._trusted else self._ask_for_stranger(key, work))
 
     async def _ask_for_stranger(self, key: Hashable, work: Callable[[AsyncConnection], Awaitable[Answer]]) -> Answer:
         if self._strangers_waiting >= _STRANGERS_MAX:

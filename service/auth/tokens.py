@@ -4,13 +4,14 @@ Needs the extra `jwt`.
 """
 
 import asyncio
+import http.client
 import json
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import structlog
@@ -30,6 +31,8 @@ KEYS_RETRY_S = 60.0
 KEYS_AGE_MAX_S = 24 * 3600.0
 _KEYS_BYTES_MAX = 1024 * 1024
 _FETCH_S = 5.0
+# Whole answers, of whatever server, take no longer than this.
+_FETCH_MAX_S = 10.0
 
 
 class BadTokenSettings(Exception):
@@ -76,11 +79,19 @@ class Tokens:
         self._settings = settings
         if unknown := sorted(set(settings.algorithms) - set(ALGORITHMS)) or not settings.algorithms:
             raise BadTokenSettings(f"the algorithm {unknown} is none of {', '.join(ALGORITHMS)}")
-        url = urllib.parse.urlsplit(settings.jwks)
+        try:
+            url = urllib.parse.urlsplit(settings.jwks)
+        except ValueError as error:
+            raise BadTokenSettings(f"{settings.jwks} is neither a file nor a URL: {error}") from error
         if url.scheme == "http" and url.hostname not in {"localhost", "127.0.0.1", "::1"}:
             raise BadTokenSettings("keys that come by plain http could be anyone's: use https")
         self._is_url = url.scheme in {"http", "https"}
-        self._keys: Mapping[str | None, Any] = {}
+        self._opener = urllib.request.build_opener(_Stay)
+        if url.scheme == "http":
+            # A proxy in between could be anyone too.
+            self._opener = urllib.request.build_opener(_Stay, urllib.request.ProxyHandler({}))
+        # By id, and then by the algorithms that each is for.
+        self._keys: Mapping[str | None, Mapping[str, Any]] = {}
         self._read_at = self._tried_at = float("-inf")
         self._reading = asyncio.Lock()
 
@@ -100,7 +111,9 @@ class Tokens:
         algorithm, kid = header.get("alg"), header.get("kid")
         if algorithm not in self._settings.algorithms:
             raise BadToken("its algorithm is not one that is taken")
-        key = await self._key(kid)
+        key = (await self._key(kid)).get(algorithm)
+        if key is None:
+            raise BadToken("its key is for another algorithm")
         try:
             claims = self._jwt.decode(
                 token,
@@ -122,18 +135,21 @@ class Tokens:
         if not isinstance(organization, str) or not organization:
             raise BadToken(f"its claim {self._settings.organization_claim} is no organization")
         # Roles of other services may be among them.
-        known = frozenset(Role(role) for role in roles if role in set(Role)) if isinstance(roles, list) else frozenset()
+        named = roles if isinstance(roles, list) else []
+        known = frozenset(role for role in Role if role in named)
         if not known:
             raise BadToken(f"its claim {self._settings.roles_claim} has none of {', '.join(Role)}")
-        return Claims(organization, known, float(claims["exp"]) + LEEWAY_S)
+        try:
+            expires = float(claims["exp"])
+        except OverflowError:
+            raise BadToken("its claim exp is no time") from None
+        return Claims(organization, known, expires + LEEWAY_S)
 
-    async def _key(self, kid: Any) -> Any:
-        age = time.monotonic() - self._read_at
-        since = time.monotonic() - self._tried_at
-        if kid not in self._keys if isinstance(kid, str) else len(self._keys) != 1:
-            if isinstance(kid, str) and since >= KEYS_RETRY_S:
-                await self._refresh()
-        elif age >= KEYS_AGE_S and since >= KEYS_RETRY_S:
+    async def _key(self, kid: Any) -> Mapping[str, Any]:
+        unknown = isinstance(kid, str) and kid not in self._keys
+        outdated = unknown or time.monotonic() - self._read_at >= KEYS_AGE_S
+        # While they are read, only calls that may need the new ones wait for them.
+        if outdated and (time.monotonic() - self._tried_at >= KEYS_RETRY_S or (unknown and self._reading.locked())):
             await self._refresh()
         if time.monotonic() - self._read_at > KEYS_AGE_MAX_S:
             raise BadToken("the keys are too old")
@@ -157,35 +173,54 @@ class Tokens:
 
     async def _read(self) -> None:
         self._tried_at = time.monotonic()
-        text = await asyncio.to_thread(self._fetch)
         try:
-            found = json.loads(text)
-            keys = {}
-            for one in found["keys"]:
-                # Keys for encryption, and of kinds not known here, are no fault.
-                if one.get("use", "sig") != "sig" or one.get("kty") == "oct":
+            async with asyncio.timeout(_FETCH_MAX_S):
+                text = await asyncio.to_thread(self._fetch)
+            found = self._usable(json.loads(text)["keys"])
+        # A server that speaks no HTTP, and what nests too deep, are such as well.
+        except (OSError, http.client.HTTPException) as error:
+            raise _NoKeysError(str(error) or type(error).__name__) from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise _NoKeysError("it is not a JSON Web Key Set") from error
+        if not found:
+            raise _NoKeysError(f"there is no key that verifies signatures by {', '.join(self._settings.algorithms)}")
+        self._keys, self._read_at = found, time.monotonic()
+
+    def _usable(self, keys: Any) -> dict[str | None, dict[str, Any]]:
+        """Return the keys of a set that verify signatures as they are taken."""
+        found: dict[str | None, dict[str, Any]] = {}
+        for one in keys:
+            # Keys for encryption, and of kinds not known here, are no fault.
+            if one.get("use", "sig") != "sig" or one.get("kty") == "oct":
+                continue
+            if "d" in one:
+                raise _NoKeysError("it holds a private key, which nobody but the issuer should have")
+            # A key that does not say what it is for may be for any algorithm of its kind.
+            unsaid = one.get("kty") == "RSA" and one.get("alg") is None
+            for algorithm in self._settings.algorithms:
+                if unsaid and not algorithm.startswith(("RS", "PS")):
                     continue
                 try:
-                    key = self._jwt.PyJWK(one)
-                except self._jwt.PyJWTError:
+                    key = self._jwt.PyJWK(one, algorithm if unsaid else None)
+                except (self._jwt.PyJWTError, NotImplementedError):
                     continue
-                keys[one.get("kid")] = key
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _NoKeysError("it is not a JSON Web Key Set") from error
-        if not keys:
-            raise _NoKeysError("there is no key that verifies signatures")
-        self._keys, self._read_at = keys, time.monotonic()
+                # RSA keys of under 2048 bits are too short.
+                if key.algorithm_name == algorithm and not key.Algorithm.check_key_length(key.key):
+                    found.setdefault(one.get("kid"), {})[algorithm] = key
+        return found
 
     def _fetch(self) -> bytes:
-        try:
-            if self._is_url:
-                # The scheme was checked; the address is the operator's, never a token's nor a redirection's.
-                with urllib.request.build_opener(_Stay).open(self._settings.jwks, timeout=_FETCH_S) as answer:
+        if self._is_url:
+            # The scheme was checked; the address is the operator's, never a token's nor a redirection's.
+            try:
+                with self._opener.open(self._settings.jwks, timeout=_FETCH_S) as answer:
                     text: bytes = answer.read(_KEYS_BYTES_MAX + 1)
-            else:
-                text = Path(self._settings.jwks).read_bytes()
-        except OSError as error:
-            raise _NoKeysError(str(error)) from error
+            except urllib.error.HTTPError as error:
+                error.close()  # it holds the connection
+                raise
+        else:
+            with open(self._settings.jwks, "rb") as file:
+                text = file.read(_KEYS_BYTES_MAX + 1)
         if len(text) > _KEYS_BYTES_MAX:
             raise _NoKeysError("it is too large")
         return text

@@ -1,6 +1,7 @@
 """Owns the `metering` command: its help, and the table of subcommands, each imported only when it is called."""
 
 import importlib
+import os
 from importlib import metadata
 
 import click
@@ -38,6 +39,9 @@ class LazyGroup(click.Group):
         """Imports the one command that is called."""
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name in CLIENT_COMMANDS:
+            # gRPC, which reads this once it is imported, would write lines about handshakes between ours.
+            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
@@ -83,5 +87,5 @@ def main() -> None:
     is always to run the same command again.
 
     Client commands find the server by --address (or METERING_ADDRESS) and sign in with --api-key (or, better, since
-    other users of the machine cannot see it, METERING_API_KEY).
+    other users of the machine cannot see it, METERING_API_KEY). A server with TLS is called with --tls, or --tls-ca.
     """

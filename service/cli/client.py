@@ -3,11 +3,13 @@
 import functools
 import math
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from random import uniform
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -19,6 +21,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from service.domain import windows
+from service.tls import BadCertificate, check_authorities, check_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,12 +59,23 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """Whose certificates are trusted (None = whom the system trusts), the client's own, and the name to expect."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    server_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """Whom to call, as whom, and how long an answer may take."""
 
     address: str
     timeout_s: float
     api_key: str | None = field(default=None, repr=False)
+    tls: Tls | None = None
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -113,28 +127,109 @@ def target_options(
             show_default=True,
             help=timeout_help,
         )
+        @_tls_options
         @functools.wraps(command)
         def with_target(address: str, api_key: str | None, timeout: float, **options: Any) -> None:
-            command(target=Target(address, timeout, api_key), **options)
+            tls = _tls(address, options)
+            command(target=Target(address, timeout, api_key, tls), **options)
 
         return with_target
 
     return decorate
 
 
-def open_channel(address: str) -> grpc.Channel:
+def _tls_options(command: Callable[..., None]) -> Callable[..., None]:
+    # Variables of their own: METERING_TLS_CERT is the server's, beside which clients run too.
+    file = click.Path(path_type=Path, dir_okay=False, exists=True)
+    for option in (
+        click.option(
+            "--tls-server-name",
+            envvar="METERING_CLIENT_TLS_SERVER_NAME",
+            show_envvar=True,
+            metavar="NAME",
+            help="The host name that the server's certificate must be for, if not that of --address.",
+        ),
+        click.option(
+            "--tls-key",
+            envvar="METERING_CLIENT_TLS_KEY",
+            show_envvar=True,
+            type=file,
+            help="The key of --tls-cert, as PEM.",
+        ),
+        click.option(
+            "--tls-cert",
+            envvar="METERING_CLIENT_TLS_CERT",
+            show_envvar=True,
+            type=file,
+            help="Present this certificate to the server, as PEM.",
+        ),
+        click.option(
+            "--tls-ca",
+            envvar="METERING_CLIENT_TLS_CA",
+            show_envvar=True,
+            type=file,
+            help="Trust only certificates that one of these signed, as PEM. Default: those that the system trusts.",
+        ),
+        click.option(
+            "--tls",
+            envvar="METERING_CLIENT_TLS",
+            show_envvar=True,
+            is_flag=True,
+            help="Call with TLS; each of the --tls options implies it. Unix sockets do without.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _tls(address: str, options: dict[str, Any]) -> Tls | None:
+    """Take what the options above set out of `options`; faults of the files are told before anything is sent."""
+    wanted, ca, certificate, key, server_name = (
+        options.pop(name) for name in ("tls", "tls_ca", "tls_cert", "tls_key", "tls_server_name")
+    )
+    if (certificate is None) != (key is None):
+        raise click.UsageError("A client certificate needs both --tls-cert and --tls-key.")
+    if not (wanted or ca or certificate or server_name) or address.startswith("unix"):
+        return None
+    try:
+        if ca is not None:
+            check_authorities(ca)
+        if certificate is not None:
+            check_key(certificate, key)
+    except BadCertificate as error:
+        raise click.UsageError(str(error)) from error
+    return Tls(ca, certificate, key, server_name)
+
+
+def open_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
     """Opens the channel to a server; tests put a fake in its place."""
     # Without the bounds a channel that failed a few times waits up to two minutes before it looks again, longer than
     # our own retries last.
-    options = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
-    return grpc.insecure_channel(address, options=options)
+    options: list[tuple[str, Any]] = [
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    if tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    roots, key, certificate = (
+        None if path is None else path.read_bytes() for path in (tls.ca or _system_roots(), tls.key, tls.certificate)
+    )
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots, key, certificate), options=options)
+
+
+def _system_roots() -> Path | None:
+    """Where the system keeps whom it trusts, or what SSL_CERT_FILE names; None = gRPC's own list is all there is."""
+    places = (ssl.get_default_verify_paths().cafile, "/etc/ssl/certs/ca-certificates.crt")
+    return next((path for path in map(Path, filter(None, places)) if path.is_file()), None)
 
 
 @contextmanager
 def connected(target: Target) -> Iterator[grpc.Channel]:
     """A channel for the length of a command; an RPC error inside ends it in plain words with exit code 3."""
     try:
-        with open_channel(target.address) as channel:
+        with open_channel(target.address, target.tls) as channel:
             yield channel
     except grpc.RpcError as error:
         print_error(error, target)
@@ -186,7 +281,8 @@ class Retry:
         self._give_up_at = now + self._for_s if self._give_up_at is None else self._give_up_at
         # Full jitter on top of what the server asks for: clients that failed together must not come back together.
         delay_s = (_retry_info_s(error) or 0.0) + uniform(0, self._backoff_s)  # noqa: S311 - jitter is no secret
-        if call_of(error).code() not in RETRYABLE or now + delay_s > self._give_up_at:
+        is_final = call_of(error).code() not in RETRYABLE or _tls_fault(error, "") is not None
+        if is_final or now + delay_s > self._give_up_at:
             raise error
         self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
         return delay_s
@@ -234,11 +330,12 @@ def print_error(error: grpc.RpcError, target: Target) -> None:
             bad_request = error_details_pb2.BadRequest()
             detail.Unpack(bad_request)
             violations += [f"{fault.field}: {fault.description}" for fault in bad_request.field_violations]
-    click.echo(printable(f"error: {code.name}{f' ({reason})' if reason else ''}: {status.details()}"), err=True)
+    untold = status.details(), _hint(code, reason, target)
+    text, hint = _tls_fault(error, _expected_name(target)) or _closed(error, target) or untold
+    click.echo(printable(f"error: {code.name}{f' ({reason})' if reason else ''}: {text}"), err=True)
     for violation in violations:
         if violation not in (status.details() or ""):  # a lone violation is often the whole message
             click.echo(printable(f"  {violation}"), err=True)
-    hint = _hint(code, reason, target)
     if hint:
         click.echo(f"hint: {hint}", err=True)
     retry_s = _retry_info_s(error)
@@ -336,6 +433,45 @@ def _retry_info_s(error: grpc.RpcError) -> float | None:
             detail.Unpack(info)
             return max(0.0, float(info.retry_delay.ToTimedelta().total_seconds()))
     return None
+
+
+def _expected_name(target: Target) -> str:
+    """The host name that the server's certificate must be for."""
+    if target.tls is not None and target.tls.server_name is not None:
+        return target.tls.server_name
+    return target.address.removeprefix("dns:").rpartition("/")[2].rpartition(":")[0]
+
+
+def _tls_fault(error: grpc.RpcError, expected: str) -> tuple[str, str] | None:
+    """What keeps this side from trusting the server and what to do, if that is why there is no connection."""
+    said = call_of(error).details() or ""
+    if not said.startswith("failed to connect"):
+        return None
+    if "Hostname Verification Check failed" in said:
+        return (
+            f"the server's certificate is not for {expected}",
+            "call it by a name that the certificate is for, or give that name with --tls-server-name",
+        )
+    if failed := re.search(r"CERTIFICATE_VERIFY_FAILED: ([^:]+)", said):
+        advice = "" if "expired" in failed[1] or "not yet valid" in failed[1] else "give who signed it with --tls-ca"
+        return f"the server's certificate cannot be trusted: {failed[1]}", advice
+    if "WRONG_VERSION_NUMBER" in said:
+        return "the server does not speak TLS", "call it without the --tls options"
+    return None
+
+
+def _closed(error: grpc.RpcError, target: Target) -> tuple[str, str] | None:
+    """What is known if the server broke the connection off at once: servers do not say what they missed in TLS."""
+    said = call_of(error).details() or ""
+    if not said.startswith("failed to connect") or not ("Socket closed" in said or "reset by peer" in said):
+        return None
+    if target.tls is None:
+        hint = "does it want TLS? give --tls, or --tls-ca with who signed its certificate"
+    elif target.tls.certificate is None:
+        hint = "does it want a client certificate? give --tls-cert and --tls-key"
+    else:
+        hint = "does it take this client certificate? it may have expired, or be signed by another"
+    return f"the server at {target.address} closed the connection at once", hint
 
 
 def _hint(code: grpc.StatusCode, reason: str, target: Target) -> str | None:

@@ -53,7 +53,10 @@ def gateway(listen: str, server: str, drain: float) -> None:
       metering gateway --server 127.0.0.1:50051
       curl http://127.0.0.1:8080/v1/customers
 
-    In front of a server without API keys it listens on loopback only. `metering serve --gateway HOST:PORT` runs both.
+    In front of a server without API keys it listens on loopback only. It speaks no TLS: a server with TLS
+    must be called through a unix socket, callers from other machines through a proxy that ends theirs.
+
+    `metering serve --gateway HOST:PORT` runs both.
     """
 
     async def work() -> None:

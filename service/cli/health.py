@@ -37,6 +37,12 @@ def health(services: tuple[str, ...], target: client.Target) -> None:
 
     \b
       HEALTHCHECK CMD ["metering", "health"]
+
+    Beside a server with TLS, whose certificate is rarely for localhost, ask through a unix socket, or give the name:
+
+    \b
+      metering health --address unix:/run/metering/metering.sock
+      metering health --tls-ca ca.pem --tls-server-name metering.example
     """
     failure: grpc.RpcError | None = None
     healthy = True
