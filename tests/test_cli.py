@@ -105,7 +105,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     channel = RecordingChannel(grpc_testing.channel([], grpc_testing.strict_fake_time(0)))
     monkeypatch.delenv("METERING_ADDRESS", raising=False)
     monkeypatch.delenv("METERING_API_KEY", raising=False)
-    monkeypatch.setattr(client, "open_channel", lambda address: channel)
+    monkeypatch.setattr(client, "open_channel", lambda address, tls: channel)
     return Server(channel)
 
 
