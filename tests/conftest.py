@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import pytest
 import sqlalchemy as sa
+import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import HealthCheck, settings
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
@@ -135,6 +136,12 @@ def hourly_job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     if "hourly_job" not in request.keywords:
         monkeypatch.setattr(Reporting, "run", idle)
+
+
+@pytest.fixture(autouse=True)
+def log_settings() -> None:
+    """Log as by default: a command that an earlier test ran in this process has set it otherwise."""
+    structlog.reset_defaults()
 
 
 @dataclass

@@ -35,6 +35,7 @@ from service.backfill import Backfill
 from service.config import Load
 from service.database import Database
 from service.domain.events import NESTING_MAX, TimeLimits
+from service.domain.roles import Role
 from service.errors import Reason
 from service.rpc.status import VIOLATIONS_MAX
 from service.store import customers as customer_store
@@ -156,6 +157,9 @@ def test_reasons_are_those_of_the_proto() -> None:
     names = [name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.keys()]  # noqa: SIM118
     assert set(names) == {"UNSPECIFIED", *(reason.value for reason in Reason)}
     assert error_reason_pb2.ERROR_REASON_ORGANIZATION_MISMATCH == 42
+    assert error_reason_pb2.ERROR_REASON_ROLE_REQUIRED == 43
+    assert error_reason_pb2.ERROR_REASON_ORGANIZATION_LIMIT == 56
+    assert error_reason_pb2.ERROR_REASON_INGEST_RATE == 57
     assert all(reason.name == reason.value for reason in Reason)
 
 
@@ -249,7 +253,10 @@ ELSEWHERE = {
     "CREDENTIAL_MISSING",
     "CREDENTIAL_INVALID",
     "ORGANIZATION_MISMATCH",
+    "ROLE_REQUIRED",
     "OVERLOADED",
+    "ORGANIZATION_LIMIT",
+    "INGEST_RATE",
     "DATABASE_UNAVAILABLE",
     "DEADLINE_TOO_SHORT",
     "INTERNAL",
@@ -380,6 +387,86 @@ async def test_another_organization_is_forbidden(database_url: str, database: Da
             "FIELD_INVALID",
             "limit",
         )
+
+
+async def test_a_role_is_required(database_url: str, database: Database) -> None:
+    """A credential without a method's role is PERMISSION_DENIED, told which role and for what, before any field."""
+    key = new_api_key()
+    async with database.engine.begin() as connection:
+        await organizations.create_api_key(connection, "default", key.id, "test", key.secret_hash, [Role.READ])
+    metadata = [("authorization", f"Bearer {key.text}")]
+    async with running_server(database_url) as client:
+        fault = await fault_of(client.customers.CreateCustomer(customer_pb2.CreateCustomerRequest(), metadata=metadata))
+        assert fault.brief == ("PERMISSION_DENIED", "ROLE_REQUIRED", None)
+        assert fault.metadata == {"needed": "admin", "method": "metering.v1.CustomerService/CreateCustomer"}
+        assert fault.retry_s is None
+        assert fault.text == "The credential has the role read; this call needs admin."
+        fault = await fault_of(client.events.IngestEvents(event_pb2.IngestEventsRequest(), metadata=metadata))
+        assert fault.metadata == {"needed": "admin,ingest", "method": "metering.v1.EventService/IngestEvents"}
+        assert fault.text == "The credential has the role read; this call needs ingest or admin."
+        assert not (
+            await client.customers.ListCustomers(customer_pb2.ListCustomersRequest(), metadata=metadata)
+        ).customers
+
+
+async def test_an_organization_has_its_limit(database_url: str, database: Database) -> None:
+    """Calls and streams over what one organization may have are refused at once, and the server has room for others."""
+    keys = {name: new_api_key() for name in ("default", "other")}
+    async with database.engine.begin() as connection:
+        await organizations.create_organization(connection, "other")
+        for name, key in keys.items():
+            await organizations.create_api_key(connection, name, key.id, "test", key.secret_hash)
+    own, others = ([("authorization", f"Bearer {key.text}")] for key in keys.values())
+    load = Load(calls_of_organization_max=1, streams_of_organization_max=1)
+    async with running_server(database_url, load=load) as client:
+        request = event_pb2.IngestEventsRequest(events=[event()])
+        async with database.engine.begin() as connection:
+            await organizations.lock_exclusive(connection, "default")
+            first = asyncio.ensure_future(client.events.IngestEvents(request, metadata=own))
+            waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+
+            async def waiting() -> bool:
+                return bool((await connection.execute(waits)).scalar_one())
+
+            await until(waiting)
+            fault = await fault_of(client.events.IngestEvents(request, metadata=own))
+            assert fault.brief == ("RESOURCE_EXHAUSTED", "ORGANIZATION_LIMIT", None)
+            assert (fault.metadata, fault.retry_s) == ({}, 1)
+            assert list((await client.events.IngestEvents(request, metadata=others)).verdicts) == [
+                event_pb2.VERDICT_ACCEPTED
+            ]
+        assert list((await first).verdicts) == [event_pb2.VERDICT_ACCEPTED]
+        stream = client.events.StreamEvents(metadata=own)
+        await stream.write(event_pb2.StreamEventsRequest(sequence=1, events=[event()]))
+        assert (await stream.read()).sequence == 1
+        fault = await fault_of(client.events.StreamEvents(iter([]), metadata=own).read())
+        assert (fault.brief, fault.retry_s) == (("RESOURCE_EXHAUSTED", "ORGANIZATION_LIMIT", None), 1)
+        assert await client.events.StreamEvents(iter([]), metadata=others).read() is grpc.aio.EOF
+        # A place that was given back can be taken.
+        await stream.done_writing()
+        assert await stream.read() is grpc.aio.EOF
+        assert await client.events.StreamEvents(iter([]), metadata=own).read() is grpc.aio.EOF
+        assert list((await client.events.IngestEvents(request, metadata=own)).verdicts) == [event_pb2.VERDICT_DUPLICATE]
+
+
+async def test_an_organization_has_its_rate(database_url: str) -> None:
+    """What comes faster than an organization may send is refused whole, with the rate and the time to wait."""
+    async with running_server(database_url, load=Load(ingest_rate=500)) as client:
+        events = [event(f"e{i}") for i in range(2000)]
+        for _ in range(20):
+            try:
+                await client.ingest(*events)
+            except grpc.aio.AioRpcError as error:
+                fault = read_fault(error)
+                break
+        assert fault.brief == ("RESOURCE_EXHAUSTED", "INGEST_RATE", None)
+        assert fault.metadata == {"events_per_second": "500"}
+        assert fault.retry_s is not None
+        assert 0 <= fault.retry_s <= 4
+        # Reading is not metered, and after the time it was told the call is taken.
+        await unmatched()(client)
+        await asyncio.sleep(fault.retry_s + 0.05)
+        assert set((await client.ingest(*events)).verdicts) == {event_pb2.VERDICT_DUPLICATE}
 
 
 async def test_overload(database_url: str, database: Database) -> None:

@@ -41,6 +41,7 @@ from service.cli import main
 from service.cli.gateway import gateway as gateway_command
 from service.config import Config, Load
 from service.database import Database
+from service.domain.roles import Role
 from service.gateway import GatewayError, configuration, find_envoy, gateway
 from service.server import COMPAT_SERVICES, CannotServe, serving
 from service.store import organizations
@@ -966,6 +967,49 @@ async def test_what_may_be_tried_again(
                 assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("1", "true")
                 assert answer.headers["x-metronome-rate-limit-type"] == "client"
         assert (await first).status_code == 200
+
+
+async def test_a_role_is_required(database_url: str, database: Database) -> None:
+    """A key without the role for an operation is 403, in the form of its prefix, and told which role it needs."""
+    key = new_api_key()
+    async with database.engine.begin() as connection:
+        await organizations.create_api_key(connection, "default", key.id, "test", key.secret_hash, [Role.READ])
+    headers = {"authorization": f"Bearer {key.text}"}
+    async with running_server(database_url) as client, fronted(client.address) as http:
+        for path, body in (
+            ("/v1/customers", {"name": "Ada"}),
+            ("/v1/ingest", events_of("a")),
+            ("/org/default/billableMetric", {"name": "m", "aggregationType": "COUNT"}),
+        ):
+            answer = await is_refused(http, "POST", path, 403, json=body, headers=headers)
+            assert "this call needs" in answer.text
+            assert not {"x-should-retry", "retry-after"} & set(answer.headers)
+        for path in ("/v1/customers", "/org/default/entitlement"):
+            assert (await http.get(path, headers=headers)).status_code == 200
+
+
+async def test_one_organization_may_have_so_much(database_url: str, database: Database) -> None:
+    """What one organization may have in flight, or send in a second, is 429 with the time after which to try again."""
+    load = Load(calls_of_organization_max=1, ingest_rate=1)
+    async with running_server(database_url, load=load) as client, fronted(client.address) as http:
+        async with database.engine.begin() as connection:
+            await organizations.lock_exclusive(connection, "default")
+            first = asyncio.ensure_future(http.post("/v1/ingest", json=events_of("first")))
+            waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+            await until(lambda: _is(connection.scalar(waits), 1))
+            for path in ("/v1/customers", "/org/default/entitlement"):
+                answer = await is_refused(http, "GET", path, 429)
+                assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("1", "true")
+                assert "This organization has" in answer.text
+        assert (await first).status_code == 200
+        # As many as one call can bring come at once; from then on it is one a second.
+        await client.ingest(*(event(f"e{i}") for i in range(10_000)))
+        assert (await http.post("/v1/ingest", json=events_of(*"abcdefghij" * 5))).status_code in {200, 429}
+        answer = await is_refused(http, "POST", "/v1/ingest", 429, json=events_of("last"))
+        assert "more than 1 events a second" in answer.text
+        assert (answer.headers["x-should-retry"], 1 <= int(answer.headers["retry-after"]) <= 60) == ("true", True)
+        assert answer.headers["x-metronome-rate-limit-type"] == "client"
+        assert (await http.get("/v1/customers")).status_code == 200
 
 
 async def test_answers_are_http(client: Client, http: httpx.AsyncClient) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import grpc
 import pytest
 import sqlalchemy as sa
 from conftest import Client, event, running_server, timestamp
-from faults import Fault, fault_of, until
+from faults import Fault, fault_of, read_fault, until
 from google.protobuf import message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
@@ -37,9 +39,9 @@ from service.config import Config
 from service.database import Database
 from service.domain.events import TimeLimits
 from service.domain.windows import cell_floor
-from service.server import CannotServe, serving
+from service.server import COMPAT_SERVICES, SERVICES, CannotServe, serving
 from service.store import organizations
-from service.store.tables import METADATA
+from service.store.tables import METADATA, ORGANIZATION_SETTING
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 IDS = [f"00000000-0000-4000-8000-0000000000{i:02}" for i in range(7)]
@@ -433,6 +435,28 @@ def test_the_walk_is_whole() -> None:
     walked |= {"ReportUsageRecordGroups", "LeaseUsageRecordReports", "CompleteUsageRecordReport"}
     assert walked == set(METHODS)
     assert len(METHODS) == sum(len(one.methods) for module in MODULES for one in services_of(module))
+    known = {service.full_name for module in MODULES for service in services_of(module)}
+    assert known == {*SERVICES, *COMPAT_SERVICES}
+
+
+def test_requests_name_organizations_only_where_that_is_checked() -> None:
+    """From the descriptors: no native request says whose it is, and the others' do so in `org_id` alone.
+
+    What `org_id` says is proven to be checked in `test_naming_another_organization`.
+    """
+
+    def fields_of(message: Any, seen: set[str]) -> Iterator[tuple[str, str]]:
+        if message.full_name not in seen:
+            seen.add(message.full_name)
+            for field in message.fields:
+                yield message.full_name, field.name
+                if field.message_type is not None:
+                    yield from fields_of(field.message_type, seen)
+
+    naming = re.compile("org|tenant", re.IGNORECASE)
+    for name, method in METHODS.items():
+        found = {field for _, field in fields_of(method.input_type, set()) if naming.search(field)}
+        assert found == ({"org_id"} if name.startswith("suger.") else set()), name
 
 
 def services_of(module: Any) -> list[Any]:
@@ -484,6 +508,85 @@ def _renamed(fault: Fault, known: str) -> Fault:
     )
 
 
+# What names things of the catalog, or ids of others, where an answer and not a fault says whether they are there.
+NAMING: list[tuple[str, dict[str, Any]]] = [
+    ("ReportUsageRecordGroups", {"groups": [{"id": "new", "entitlement_id": ENTITLEMENT, "records": {"cpu": "1"}}]}),
+    ("CompleteUsageRecordReport", {"id": FAILED, "lease_token": "t", "outcomes": [{"key": "cpu", "outcome": 1}]}),
+    ("CreateEntitlement", {"entitlement": {"id": "new", "product_id": PRODUCT, "buyer_id": "b"}}),
+    ("ListUsageRecordReports", {"entitlement_id": ENTITLEMENT}),
+    ("suger.ReportUsageRecordGroup", {"entitlement_id": ENTITLEMENT, "body": body({"records": {"cpu": 1}})}),
+    (
+        "suger.BatchCreateUsageRecordGroups",
+        {"body": body([{"entitlementID": ENTITLEMENT, "records": {"cpu": 2}}])},
+    ),
+]
+
+
+async def told(caller: Caller, method: str, fields: dict[str, Any]) -> tuple[str, list[str]]:
+    """What a call tells, without the id that it named, and the statements that it took."""
+    with statements_of(caller.organization) as sent:
+        try:
+            answer = str(await caller.call(method, **fields))
+        except grpc.aio.AioRpcError as error:
+            answer = str(read_fault(error)._replace(request_id=None))
+    # Besides ids these differ between any two calls.
+    answer = re.sub(r"(seconds|nanos): \d+|(read_time|next_updated_since|\w*token\w*).*", "", answer)
+    return re.sub(r"[0-9a-f-]{36}", "ID", answer), sent
+
+
+@contextmanager
+def statements_of(organization: str) -> Iterator[list[str]]:
+    """Collect the statements of an organization's transactions, whatever the server does beside them."""
+    found: list[str] = []
+    bound: set[int] = set()
+
+    def note(connection: Any, _: Any, text: str, parameters: Any, *__: Any) -> None:
+        if ORGANIZATION_SETTING in tuple(parameters or ()):
+            bound.add(id(connection)) if organization in parameters else bound.discard(id(connection))
+        if id(connection) in bound:
+            found.append(text)
+
+    def end(connection: Any) -> None:
+        bound.discard(id(connection))
+
+    listeners = (("before_cursor_execute", note), ("commit", end), ("rollback", end))
+    for name, listener in listeners:
+        sa.event.listen(sa.Engine, name, listener)
+    try:
+        yield found
+    finally:
+        for name, listener in listeners:
+            sa.event.remove(sa.Engine, name, listener)
+
+
+async def test_what_others_have_costs_what_nobody_has(both: tuple[Caller, Caller]) -> None:
+    """An id that another organization has takes the very statements that an id of nobody takes, and tells as much."""
+    one, two = both
+    await fill(one, 100, "south")
+    # The caller has a catalog of its own, under other ids.
+    await two.call("CreateBillableMetric", billable_metric={"name": "own", "aggregation_type": 1})
+    await two.call("CreateCustomer", customer={"name": "own", "buyer_id": "own"})
+    walked = 0
+    for method, fields in (*READS, *WRITES, *COMPAT_WRITES, *NAMING):
+        named = _with(fields, set(IDS), UNKNOWN)
+        if named == fields:
+            continue
+        walked += 1
+        await told(two, method, named)  # what is worked out once, is
+        theirs, nobodys = await told(two, method, fields), await told(two, method, named)
+        assert theirs == nobodys, method
+        assert theirs[1] or "MISMATCH" in theirs[0] or "INVALID_ARGUMENT" in theirs[0], method
+    assert walked > 50
+    # Transaction ids: new here, though they are the other's.
+    _, *answers = [await told(two, "IngestEvents", _events_named(prefix)) for prefix in ("w", "e", "x")]
+    assert answers[0] == answers[1]
+    assert "ACCEPTED" in answers[0][0]
+
+
+def _events_named(prefix: str) -> dict[str, Any]:
+    return {"events": [event(f"{prefix}{i}", properties={"n": 1, "region": "r"}) for i in range(3)]}
+
+
 async def test_equal_ids_are_other_things(both: tuple[Caller, Caller], database: Database) -> None:
     """Both organizations hold the same ids, each with its own content: creates, verdicts and numbers are their own."""
     one, two = both
@@ -521,8 +624,11 @@ async def test_tokens_are_of_one_organization(both: tuple[Caller, Caller]) -> No
     one, two = both
     for caller, region in ((one, "north"), (two, "south")):
         await fill(caller, 1, region)
+    for caller in both:
+        await fill_again(caller)
     refused = set()
-    for method, fields in READS:
+    long = day_of(ending_before=(START + timedelta(days=30)).isoformat())
+    for method, fields in (*READS, ("metronome.ListUsage", long)):
         field, found, size = _paging(method)
         answer = await one.call(method, **{**fields, **({size: 1} if size else {})})
         token = getattr(answer, found, "")
@@ -533,8 +639,28 @@ async def test_tokens_are_of_one_organization(both: tuple[Caller, Caller]) -> No
         await one.call(method, **fields, **{field: token})
         fault = await two.faulted(method, **fields, **{field: token})
         assert fault.brief == ("INVALID_ARGUMENT", "PAGE_TOKEN_INVALID", field)
-    assert {"ListUsage", "StreamUsage", "ListBillableMetrics"} <= refused
-    assert {"metronome.ListUsageWithGroups", "metronome.ListBillableMetrics"} <= refused
+        # Nothing tells it from what was never a token.
+        assert fault == await two.faulted(method, **fields, **{field: "x" * len(token)}), method
+    assert refused == {name for name in METHODS if _paging(name)[0] in METHODS[name].input_type.fields_by_name}
+
+
+async def fill_again(caller: Caller) -> None:
+    """Make a second one of everything that is listed in pages."""
+    for method, fields in (
+        ("CreateCustomer", {"customer": {"name": "Second", "buyer_id": "c"}}),
+        ("CreateProduct", {"product": {"id": "p2", "name": "Q", "partner": "PARTNER_AWS"}}),
+        (
+            "CreateEntitlement",
+            {"entitlement": {"id": "e2", "product_id": PRODUCT, "buyer_id": "b", "starting_on": timestamp(START)}},
+        ),
+    ):
+        await caller.call(method, **fields)
+    await caller.call("IngestEvents", events=[event("another", customer_id="another", properties={"n": 1})])
+    groups = [{"id": "other", "entitlement_id": "e2", "records": {"cpu": "1"}}]
+    await caller.call("ReportUsageRecordGroups", groups=groups)
+    assert caller.database is not None
+    await roll_up(caller.database, cell_floor(datetime.now(UTC)) + timedelta(hours=1))
+    await caller.call("ReportUsageRecordGroups", groups=[{**groups[0], "id": "yet another"}])
 
 
 def _paging(method: str) -> tuple[str, str, str | None]:
