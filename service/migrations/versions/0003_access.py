@@ -113,10 +113,11 @@ def upgrade() -> None:
     for table in _DELETED_FROM:
         op.execute(f"GRANT DELETE ON {table} TO metering_app")
 
-    # Not as text, which would be read anew, under whatever search path, each time.
+    # Not as text, which would be read anew, under whatever search path, each time; and of functions that are immutable
+    # themselves, as jsonb_build_object is not: so it is inlined, and a search takes a third of the time.
     op.execute(
         "CREATE FUNCTION metering_scoped(organization text, content jsonb) RETURNS jsonb LANGUAGE sql IMMUTABLE"
-        " PARALLEL SAFE RETURN jsonb_build_object(organization, content)"
+        " PARALLEL SAFE RETURN jsonb_set('{}', ARRAY[organization], content)"
     )
     op.execute("GRANT EXECUTE ON FUNCTION metering_scoped TO metering_app")
     op.drop_index("usage_record_groups_by_meta_info_idx", "usage_record_groups")
