@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.schema import CreateTable
 
 from service.errors import DeadlineExceeded, Reason, Unavailable
-from service.store.tables import APPLICATION_ROLE, ORGANIZATION_SETTING, incoming_events
+from service.store.tables import APPLICATION_ROLE, METADATA, ORGANIZATION_SETTING, incoming_events, texts
 from service.turns import Turns
 
 log = structlog.get_logger("metering.database")
@@ -112,7 +112,7 @@ class Database:
         )
         sa.event.listen(self.engine.sync_engine, "connect", _prepare_connection)
         self._writes = Turns(WRITES_MAX)
-        self._reads = Turns(READS_MAX)
+        self._reads = Turns(READS_MAX, sheds=True)
         self._stream_reads = Turns(STREAM_READS_MAX)
         self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
         self._running: set[asyncio.Task[Any]] = set()
@@ -199,6 +199,38 @@ class Database:
             raise UnsafeDatabase(
                 f"This database can lose acknowledged events ({', '.join(faults)}). Turn it on, use a primary, or set "
                 "METERING_ALLOW_UNSAFE_DATABASE=1 for tests."
+            )
+
+    async def check_policies(self) -> None:
+        """Refuse a database that does not keep organizations apart by itself; raises UnsafeDatabase.
+
+        See `store.tables`. One that was restored on a server without the role lacks its policies and grants.
+        """
+        protected = [table.name for table in METADATA.tables.values() if "organization_id" in table.c]
+        protected.remove("api_keys")
+        names = sa.func.unnest(texts(protected)).table_valued("name")
+        policies = sa.table("pg_policies", sa.column("tablename"))
+        whole = sa.select(
+            sa.func.bool_and(
+                sa.and_(
+                    sa.func.row_security_active(names.c.name),
+                    *(sa.func.has_table_privilege(names.c.name, one) for one in ("SELECT", "INSERT", "UPDATE")),
+                    sa.exists().where(policies.c.tablename == names.c.name),
+                )
+            )
+        )
+        try:
+            async with self.engine.begin() as connection:
+                await connection.execute(_BOUND, {"organization": "", "timeout": "5000"})
+                found = (await connection.execute(whole)).scalar_one()
+        except sa.exc.DBAPIError as error:
+            if sqlstate(error) is None:
+                raise
+            found = False
+        if not found:
+            raise UnsafeDatabase(
+                f"This database does not keep organizations apart: the role {APPLICATION_ROLE}, its grants or policies "
+                "are missing, as after a restore on another server. Make the role, then restore: see docs/security.md."
             )
 
     async def close(self) -> None:

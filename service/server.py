@@ -168,12 +168,7 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
     ingest = Ingest(database, config.time_limits, rate, queue_events_max=load.ingest_queue_max)
     backfill = Backfill(database)
     reporting = Reporting(database, config.partner_rules)
-    try:
-        await database.check(allow_unsafe=config.allow_unsafe_database)
-    except UnsafeDatabase as error:
-        raise CannotServe(str(error)) from error
-    if not await is_current(database.engine):
-        raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
+    await _check_database(config, database)
     if await auth.is_open():
         require_local((*config.listen, *filter(None, [config.gateway])))
     _check_tls(config)
@@ -334,6 +329,17 @@ async def _auth(config: Config, database: Database) -> Auth:
     except (BadTokenSettings, BadClients) as error:
         raise CannotServe(str(error)) from error
     return Auth(database, tokens, clients)
+
+
+async def _check_database(config: Config, database: Database) -> None:
+    """Raise CannotServe where the database is not one to serve."""
+    try:
+        await database.check(allow_unsafe=config.allow_unsafe_database)
+        if not await is_current(database.engine):
+            raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
+        await database.check_policies()
+    except UnsafeDatabase as error:
+        raise CannotServe(str(error)) from error
 
 
 def _check_tls(config: Config) -> None:

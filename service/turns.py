@@ -29,12 +29,13 @@ class _Waiting(NamedTuple):
 class Turns:
     """So many at once; those who wait are let in one organization after the other, of each the first that came.
 
-    When there are too many, see STANDING_S.
+    When there are too many, see STANDING_S; or they wait for WAIT_S, where there are never many for long.
     """
 
-    def __init__(self, at_once: int) -> None:
-        """Let `at_once` go at the same time."""
+    def __init__(self, at_once: int, *, sheds: bool = False) -> None:
+        """Let `at_once` go at the same time; a queue that stands is cut if it `sheds`."""
         self._free = at_once
+        self._sheds = sheds
         # The organizations in the order of their turns.
         self._waiting: dict[str, deque[_Waiting]] = {}
         self._waiting_since = 0.0
@@ -69,7 +70,7 @@ class Turns:
         """End a turn; whoever is next goes."""
         now = asyncio.get_running_loop().time()
         while self._waiting:
-            standing = now - self._waiting_since > STANDING_S
+            standing = self._sheds and now - self._waiting_since > STANDING_S
             organization = next(iter(self._waiting))
             queue = self._waiting.pop(organization)
             if standing:

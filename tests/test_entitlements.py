@@ -841,7 +841,7 @@ async def test_every_key_has_one_record_metric(client: Client) -> None:
 async def test_metrics_older_than_record_metrics_get_theirs(shop: Client, database: Database) -> None:
     """The key of a metric that was made when there were no record metrics gets one with the first entitlement."""
     lost = sa.delete(billable_metrics).where(billable_metrics.c.record_key.in_(["traffic", "logins"]))
-    await database.write("default", lambda c: c.execute(lost))
+    await database.background(lambda c: c.execute(lost))
     await create(shop, id="e", **SMALL, billable_metric_keys=["traffic"])
     assert await record_keys(shop) == {"hours": 1, "bytes": 1, "traffic": 1}
     await update(shop, "e", billable_metric_keys=["traffic", "logins"])

@@ -528,10 +528,12 @@ async def test_a_deadline_too_short_to_begin(client: Client, database: Database)
     """A call whose deadline passes before its work began fails by it, and nothing of it is stored."""
     async with database.engine.begin() as connection:
         await organizations.lock_exclusive(connection, "default")
-        # These two are taken and wait for the lock; the third waits in the queue behind them.
-        taken = [asyncio.ensure_future(client.ingest(event(f"taken{i}"))) for i in range(2)]
+        # These two are taken, one after the other, and wait for the lock; the third waits in the queue behind them.
+        taken = []
+        for number in (1, 2):
+            taken.append(asyncio.ensure_future(client.ingest(event(f"taken{number - 1}"))))
+            await until(lambda number=number: _wait(database, number))
         late = event_pb2.IngestEventsRequest(events=[event("late")])
-        await until(lambda: _both_wait(database))
         fault = await fault_of(client.events.IngestEvents(late, timeout=0.2))
     assert fault.code == "DEADLINE_EXCEEDED"
     await asyncio.gather(*taken)
@@ -542,12 +544,12 @@ async def test_a_deadline_too_short_to_begin(client: Client, database: Database)
         ]
 
 
-async def _both_wait(database: Database) -> bool:
+async def _wait(database: Database, number: int) -> bool:
     query = sa.text(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
     )
     async with database.engine.connect() as connection:
-        return bool((await connection.execute(query)).scalar_one() == 2)
+        return bool((await connection.execute(query)).scalar_one() == number)
 
 
 async def test_a_defect_shows_only_where_to_look(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

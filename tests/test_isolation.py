@@ -26,6 +26,7 @@ from service.cli import main
 from service.database import Database
 from service.migrations import is_current
 from service.postgres import EmbeddedPostgres, find_binaries
+from service.server import CannotServe
 from service.store import usage
 from service.store.tables import (
     APPLICATION_ROLE,
@@ -543,3 +544,23 @@ async def test_a_restored_backup_is_protected_again(database_url: str, database:
         await require_service(url.set(database=target).render_as_string(hide_password=False), str(url.username))
     finally:
         await administer(url, f"DROP DATABASE {target} WITH (FORCE)")
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "DROP POLICY own_organization ON usage_cells",
+        "ALTER TABLE usage_events DISABLE ROW LEVEL SECURITY",
+        "REVOKE INSERT ON customers FROM metering_app",
+        "REVOKE USAGE ON SCHEMA public FROM metering_app, PUBLIC",
+    ],
+)
+async def test_a_database_without_its_wall_is_not_served(database: Database, database_url: str, lost: str) -> None:
+    """Where a policy, row level security or a grant is missing, as after a restore, the server does not start."""
+    async with running_server(database_url):
+        pass
+    async with database.engine.begin() as connection:
+        await connection.exec_driver_sql(lost)
+    with pytest.raises(CannotServe, match="does not keep organizations apart"):
+        async with running_server(database_url):
+            pass

@@ -93,7 +93,7 @@ async def test_a_queue_that_stands_is_cut(monkeypatch: pytest.MonkeyPatch) -> No
     """
     monkeypatch.setattr(service.turns, "STANDING_S", 0.2)
     monkeypatch.setattr(service.turns, "STANDING_WAIT_S", 0.3)
-    turns, log = Turns(1), []
+    turns, log = Turns(1, sheds=True), []
 
     async def take(name: str, *, patient: bool = False) -> None:
         await turns.take("a", patient=patient)
@@ -389,13 +389,16 @@ async def test_another_organization_does_not_wait_behind_a_crowd(
 
 async def in_flight(database: Database, two: Two, number: int) -> list["asyncio.Future[Any]"]:
     """Calls of the first organization, which is blocked, that are being served: two of them hold a connection each."""
-    calls = [asyncio.ensure_future(ingest(two, two.one, event())) for _ in range(number)]
     waiting = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    calls = []
     async with database.engine.connect() as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
-        async with asyncio.timeout(20):
-            while await connection.scalar(waiting) != 2:  # noqa: ASYNC110 - it is Postgres that is waited for
-                await asyncio.sleep(0.05)
+        # One after the other: calls that come together share a transaction.
+        for begun in range(1, number + 1):
+            calls.append(asyncio.ensure_future(ingest(two, two.one, event())))
+            async with asyncio.timeout(20):
+                while await connection.scalar(waiting) != min(begun, 2):  # noqa: ASYNC110 - for Postgres
+                    await asyncio.sleep(0.05)
     await asyncio.sleep(0.1)
     return calls
 
