@@ -178,7 +178,7 @@ class Auth:
     async def _caller_of_certificate(self, names: Sequence[str]) -> Caller:
         if self._clients is None or not names:
             raise Unauthenticated(
-                Reason.CREDENTIAL_MISSING, "This server needs a credential: send `authorization: Bearer <key>`."
+                Reason.CREDENTIAL_MISSING, "This server needs a credential: send `authorization: Bearer <API key>`."
             )
         if time.monotonic() - self._clients_read_at > TRUST_S:
             self._clients_read_at = time.monotonic()
