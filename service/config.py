@@ -35,8 +35,8 @@ class Load:
     The numbers of one organization are below those of the server, so that none keeps all others out.
     """
 
-    calls_max: int = 2_000
-    calls_of_organization_max: int = 1_500
+    calls_max: int = 16_384
+    calls_of_organization_max: int = 12_288
     streams_max: int = 16_384
     streams_of_organization_max: int = 12_288
     connections_max: int = 10_000

@@ -1680,10 +1680,10 @@ async def test_the_ledger_has_one_writer(
 AUDIT = (
     "CREATE TABLE audit_leases (report_id uuid, previous timestamptz, token text, at timestamptz)",
     "CREATE TABLE audit_records (group_id text, position integer, report_id uuid)",
-    """CREATE FUNCTION audit_lease() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+    """CREATE FUNCTION audit_lease() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$BEGIN
     INSERT INTO audit_leases VALUES (NEW.id, OLD.lease_deadline, NEW.lease_token, clock_timestamp());
     RETURN NEW; END$$""",
-    """CREATE FUNCTION audit_record() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+    """CREATE FUNCTION audit_record() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$BEGIN
     INSERT INTO audit_records VALUES (NEW.group_id, NEW.position, NEW.report_id); RETURN NEW; END$$""",
     """CREATE TRIGGER audit AFTER UPDATE ON usage_record_reports FOR EACH ROW
     WHEN (NEW.lease_count IS DISTINCT FROM OLD.lease_count) EXECUTE FUNCTION audit_lease()""",

@@ -398,7 +398,7 @@ async def test_only_what_is_named_is_voided(book: Book) -> None:
         ids = [one.transaction_id for one in book.stored]
         await event_store.void_events(connection, "another", ids, metrics)
 
-    await book.database.write("default", elsewhere)
+    await book.database.background(elsewhere)
     await book.check()
 
 
