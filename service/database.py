@@ -82,6 +82,7 @@ class Database:
         No statement of a caller runs longer than `statement_timeout`.
         """
         self._statement_timeout_s = statement_timeout.total_seconds()
+        self._transaction_timeout_s = max(TRANSACTION_TIMEOUT_S, 2 * self._statement_timeout_s)
         parsed, ssl = _parsed(url)
         # Every batch goes through the same handful of statements, so their plans are kept per connection.
         self.engine: AsyncEngine = create_async_engine(
@@ -133,7 +134,7 @@ class Database:
         answer (the outcome is then unknown), and whatever `work` raises, after a rollback.
         """
         bounded = _acting_for(organization, work, self._statement_timeout_s if limit_s is None else limit_s)
-        limit_s = limit_s or TRANSACTION_TIMEOUT_S
+        limit_s = limit_s or self._transaction_timeout_s
         await self._writes.take(organization, patient=patient)
         return await self._shielded(lambda: self._attempts(bounded, limit_s), self._writes.give_back)
 
@@ -141,7 +142,10 @@ class Database:
         self, organization: str, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
     ) -> Result:
         """Run `work` in a read-only snapshot of an organization. `timeout_s` bounds statements. Raises as `write`."""
+        began = asyncio.get_running_loop().time()
         await self._reads.take(organization)
+        if timeout_s is not None:
+            timeout_s -= asyncio.get_running_loop().time() - began
         return await self._shielded(lambda: self._reading(organization, work, timeout_s), self._reads.give_back)
 
     async def read_ahead(
@@ -208,13 +212,15 @@ class Database:
         """
         protected = [table.name for table in METADATA.tables.values() if "organization_id" in table.c]
         protected.remove("api_keys")
+        protected.append("organizations")
         names = sa.func.unnest(texts(protected)).table_valued("name")
         policies = sa.table("pg_policies", sa.column("tablename"))
         whole = sa.select(
             sa.func.bool_and(
                 sa.and_(
                     sa.func.row_security_active(names.c.name),
-                    *(sa.func.has_table_privilege(names.c.name, one) for one in ("SELECT", "INSERT", "UPDATE")),
+                    *(sa.func.has_table_privilege(names.c.name, one) for one in ("SELECT", "UPDATE")),
+                    sa.or_(names.c.name == "organizations", sa.func.has_table_privilege(names.c.name, "INSERT")),
                     sa.exists().where(policies.c.tablename == names.c.name),
                 )
             )
@@ -283,8 +289,8 @@ class Database:
     async def _reading(
         self, organization: str, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float | None
     ) -> Result:
-        limit_s = min(self._statement_timeout_s, timeout_s or self._statement_timeout_s)
-        return await self._snapshot(_acting_for(organization, work, limit_s), TRANSACTION_TIMEOUT_S)
+        limit_s = self._statement_timeout_s if timeout_s is None else min(self._statement_timeout_s, timeout_s)
+        return await self._snapshot(_acting_for(organization, work, max(0.001, limit_s)), self._transaction_timeout_s)
 
     async def _snapshot(self, work: Callable[[AsyncConnection], Awaitable[Result]], limit_s: float) -> Result:
         try:

@@ -59,6 +59,7 @@ class Batch(NamedTuple):
 class _Call:
     batch: Batch
     answer: "asyncio.Future[list[Outcome]]"
+    patient: bool
 
 
 @dataclass(slots=True)
@@ -109,7 +110,7 @@ class Ingest:
         if self._rate is not None:
             self._rate.take(organization, len(batch.items))
         queue = self._queues.setdefault(organization, _Queue())
-        call = _Call(batch, asyncio.get_running_loop().create_future())
+        call = _Call(batch, asyncio.get_running_loop().create_future(), patient)
         queue.calls.append(call)
         queue.events += len(batch.items)
         if queue.transactions < TRANSACTIONS_MAX:
@@ -142,9 +143,18 @@ class Ingest:
 
     async def _answer(self, organization: str, calls: Sequence[_Call]) -> None:
         try:
-            answers = await self._commit(organization, [call.batch for call in calls])
+            answers = await self._commit(
+                organization, [call.batch for call in calls], patient=any(call.patient for call in calls)
+            )
         except Exception as error:
-            if len(calls) > 1 and not isinstance(error, Unavailable | DeadlineExceeded | ResourceExhausted):
+            if len(calls) > 1 and isinstance(error, DeadlineExceeded):
+                # Too much for the time that a statement has, when it is done together.
+                half = len(calls) // 2
+                for part in (calls[:half], calls[half:]):
+                    if left := [call for call in part if not call.answer.done()]:
+                        await self._answer(organization, left)
+                return
+            if len(calls) > 1 and not isinstance(error, Unavailable | ResourceExhausted):
                 # One caller's events must not fail the others'. (When the database is away, or too much is in flight,
                 # trying alone cannot help and the callers are told so.)
                 log.warning("shared transaction failed; retrying each call alone", calls=len(calls), error=repr(error))
@@ -160,11 +170,13 @@ class Ingest:
             if not call.answer.done():
                 call.answer.set_result(outcomes)
 
-    async def _commit(self, organization: str, batches: Sequence[Batch]) -> list[list[Outcome]]:
+    async def _commit(self, organization: str, batches: Sequence[Batch], *, patient: bool) -> list[list[Outcome]]:
         items = [item for batch in batches for item in batch.items]
         # A batch that is all or nothing is never together with others.
         refused = _refused(batches[0])
-        outcomes = await self._database.write(organization, lambda c: self._store(c, organization, items, refused))
+        outcomes = await self._database.write(
+            organization, lambda c: self._store(c, organization, items, refused), patient=patient
+        )
         ends = [0]
         for batch in batches:
             ends.append(ends[-1] + len(batch.items))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from compat.metronome.v1 import billable_metric_pb2 as metronome_billable_metric_pb2
@@ -67,6 +67,7 @@ from service.rpc.customers import CustomerService
 from service.rpc.entitlements import EntitlementService
 from service.rpc.events import EventService
 from service.rpc.hardened import aio_server
+from service.rpc.health import HealthService
 from service.rpc.interceptor import Interceptor, RequestBytes, Room
 from service.rpc.pages import PageTokens
 from service.rpc.record_groups import UsageRecordGroupService
@@ -106,6 +107,7 @@ COMPAT_SERVICES = tuple(
     )
     for service in module.DESCRIPTOR.services_by_name.values()
 )
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 HEALTH_PERIOD_S = 2.0
 
 # How long a connection may take to say who it is and what it speaks.
@@ -179,19 +181,18 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
         Places("open streams", load.streams_max, load.streams_of_organization_max),
         *(RequestBytes(load.request_bytes_max) for _ in range(4)),
     )
-    server = aio_server(interceptors=[Interceptor(auth, room, streams, DECODERS)], options=_options(load))
+    interceptor = Interceptor(auth, room, streams, DECODERS)
+    server = aio_server([interceptor], _options(load), load.calls_max + load.streams_max)
     _add_services(server, config, database, tokens, ingest, backfill, streams, room.batch_bytes, rate)
-    health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection(
-        (*SERVICES, *COMPAT_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
+    health = HealthService(config.stream_stall)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection((*SERVICES, *COMPAT_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
     with contextlib.ExitStack() as addresses:
         bound = Addresses(addresses.enter_context(_listen(server, address, config.tls)) for address in config.listen)
-        await _set_health(health_servicer, database)
+        await _set_health(health, database)
         await server.start()
         bound.ended = asyncio.create_task(server.wait_for_termination())
-        work = (backfill.run(), reporting.run(), _watch_health(health_servicer, database))
+        work = (backfill.run(), reporting.run(), _watch_health(health, database))
         tasks = [asyncio.create_task(one) for one in work]
         front, clock = contextlib.AsyncExitStack(), asyncio.get_running_loop().time
         try:
@@ -201,7 +202,7 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
             ends = clock() + config.drain.total_seconds()
             for task in tasks:
                 task.cancel()
-            await health_servicer.enter_graceful_shutdown()
+            health.shut_down()
             # Streams end by themselves now, those that came through the gateway too. It has half of the time at most;
             # the rest is for calls that came to the server directly.
             streams.draining.set()
@@ -430,19 +431,18 @@ def _owned_socket(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-async def _watch_health(servicer: health.aio.HealthServicer, database: Database) -> None:
+async def _watch_health(health: HealthService, database: Database) -> None:
     while True:
         await asyncio.sleep(HEALTH_PERIOD_S)
         try:
-            await _set_health(servicer, database)
+            await _set_health(health, database)
         except Exception:
             log.exception("health could not be told; trying again")
 
 
-async def _set_health(servicer: health.aio.HealthServicer, database: Database) -> None:
+async def _set_health(health: HealthService, database: Database) -> None:
     """The empty name says that the process lives; each service's name that its database answers too."""
     states = health_pb2.HealthCheckResponse
     ready = await database.ping()
-    await servicer.set("", states.SERVING)
-    for name in (*SERVICES, *COMPAT_SERVICES):
-        await servicer.set(name, states.SERVING if ready else states.NOT_SERVING)
+    state = states.SERVING if ready else states.NOT_SERVING
+    health.set({"": states.SERVING} | dict.fromkeys((*SERVICES, *COMPAT_SERVICES), state))

@@ -23,7 +23,6 @@ STANDING_WAIT_S = 0.5
 class _Waiting(NamedTuple):
     turn: "asyncio.Future[None]"
     since: float
-    patient: bool
 
 
 class Turns:
@@ -43,7 +42,7 @@ class Turns:
     async def take(self, organization: str, *, patient: bool = False) -> None:
         """Wait for a turn, which must be given back; raises ResourceExhausted.
 
-        Who is patient is never refused, nor passed by others of the organization: some other rule keeps them few.
+        Who is patient waits for ever, where nothing is shed: some other rule keeps them few.
         """
         if self._free and not self._waiting:
             self._free -= 1
@@ -51,7 +50,7 @@ class Turns:
         loop = asyncio.get_running_loop()
         if not self._waiting:
             self._waiting_since = loop.time()
-        one = _Waiting(loop.create_future(), loop.time(), patient)
+        one = _Waiting(loop.create_future(), loop.time())
         self._waiting.setdefault(organization, deque()).append(one)
         too_late = None if patient else loop.call_later(WAIT_S, self._refuse, organization, one)
         try:
@@ -77,7 +76,7 @@ class Turns:
                 _refuse_late(queue, now)
             if not queue:
                 continue
-            one = queue.pop() if standing and not queue[0].patient else queue.popleft()
+            one = queue.pop() if standing else queue.popleft()
             if queue:
                 self._waiting[organization] = queue  # behind the others
             if not one.turn.done():
@@ -99,7 +98,7 @@ class Turns:
 
 
 def _refuse_late(queue: deque[_Waiting], now: float) -> None:
-    while queue and not queue[0].patient and now - queue[0].since > STANDING_WAIT_S:
+    while queue and now - queue[0].since > STANDING_WAIT_S:
         late = queue.popleft()
         if not late.turn.done():
             late.turn.set_exception(overloaded())
@@ -137,7 +136,9 @@ class Places:
 
 
 class Rate:
-    """So many a second of each organization, and at once as many as a second's, or as one call can bring."""
+    """So many a second of each organization; after a pause at once as many as a second's, or as one call can bring, and
+    the call after that on credit.
+    """
 
     def __init__(self, per_second: float, at_once: float) -> None:
         """Let `per_second` pass, and `at_once` after a pause."""

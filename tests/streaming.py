@@ -50,9 +50,9 @@ class WatchedBytes(RequestBytes):
     taken = 0
     held_most = 0
 
-    async def take(self, size: int) -> None:
+    async def take(self, size: int, organization: str) -> None:
         """Count messages of streams."""
-        await super().take(size)
+        await super().take(size, organization)
         self.taken += 1
         self.held_most = max(self.held_most, self._held)
 

@@ -488,7 +488,7 @@ async def new_tenant(
     def with_key(client: Client) -> Client:
         return Client(client.address, _Authorized(client.channel, key.text))  # type: ignore[arg-type]
 
-    await database.write("default", create)
+    await database.background(create)
     return Tenant(organization, tuple(map(with_key, servers)), database, narrow and with_key(narrow))
 
 

@@ -89,24 +89,23 @@ async def test_one_that_is_cancelled_as_it_is_let_in_passes_its_turn_on() -> Non
 async def test_a_queue_that_stands_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once somebody has always waited for a while, the last comes first, and who has waited too long is refused.
 
-    Those who are patient are neither refused nor passed by, and once the queue was empty a burst waits in its order.
+    Once the queue was empty a burst waits in its order.
     """
     monkeypatch.setattr(service.turns, "STANDING_S", 0.2)
     monkeypatch.setattr(service.turns, "STANDING_WAIT_S", 0.3)
     turns, log = Turns(1, sheds=True), []
 
-    async def take(name: str, *, patient: bool = False) -> None:
-        await turns.take("a", patient=patient)
+    async def take(name: str) -> None:
+        await turns.take("a")
         log.append(name)
 
     await take("holder")
     late = [asyncio.create_task(take(name)) for name in ("late", "too")]
-    patient = asyncio.create_task(take("patient", patient=True))
     await asyncio.sleep(0.35)
-    assert not any(one.done() for one in (*late, patient))
+    assert not any(one.done() for one in late)
     early, last = (asyncio.create_task(take(name)) for name in ("early", "last"))
     await asyncio.sleep(0)
-    for expected in ("patient", "last", "early"):
+    for expected in ("last", "early"):
         turns.give_back()
         await asyncio.sleep(0.01)
         assert log[-1] == expected
@@ -115,7 +114,7 @@ async def test_a_queue_that_stands_is_cut(monkeypatch: pytest.MonkeyPatch) -> No
             await one
         assert refused.value.reason is Reason.OVERLOADED
         assert refused.value.retry_after_s
-    await asyncio.gather(patient, early, last)
+    await asyncio.gather(early, last)
     burst = [asyncio.create_task(take(name)) for name in ("first", "second")]
     for expected in ("first", "second"):
         await asyncio.sleep(0.01)
@@ -383,7 +382,8 @@ async def test_another_organization_does_not_wait_behind_a_crowd(
         await until(lambda: came["two"])
         go.set()
         await other
-        assert order.index("two") <= READS_MAX + 1
+        # Of those that are let in when the first turns end.
+        assert order.index("two") < 2 * READS_MAX
         await asyncio.gather(*crowd, return_exceptions=True)
 
 

@@ -107,6 +107,16 @@ class Auth:
         """Whether the names of a client's certificate can say who it is."""
         return self._clients is not None
 
+    def recalls(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
+        """Say whether the credential, if there is one, was seen lately: who it is of is then soon known."""
+        sent = next((value for name, value in metadata if name == "authorization"), None)
+        if self._open_until > time.monotonic() or not isinstance(sent, str) or len(sent) > _HEADER_MAX:
+            return True
+        text = sent.rpartition(" ")[2]
+        if self._tokens is not None and text.count(".") == 2:
+            return sha256(text.encode()).digest() in self._trusted
+        return text.removeprefix(f"{_PREFIX}_").partition("_")[0] in self._trusted
+
     async def caller(
         self, metadata: Iterable[tuple[str, str | bytes]], certificate_names: Sequence[str] = ()
     ) -> Caller:
@@ -208,6 +218,9 @@ class Auth:
         return trusted if trusted is not None and time.monotonic() < trusted.until else None
 
     def _trust(self, key: Hashable, caller: Caller, secret_hash: bytes, expires: float) -> _Trusted:
+        if len(self._trusted) >= _CACHE_MAX:
+            now = time.monotonic()
+            self._trusted = {one: known for one, known in self._trusted.items() if now < known.until}
         if len(self._trusted) >= _CACHE_MAX:
             self._trusted.clear()
         trusted = _Trusted(caller, secret_hash, time.monotonic() + TRUST_S, expires)

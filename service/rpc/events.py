@@ -52,7 +52,8 @@ class EventService(event_pb2_grpc.EventServiceServicer):
         self, requests: AsyncIterator[pb.StreamEventsRequest], context: Context
     ) -> AsyncIterator[pb.StreamEventsResponse]:
         """See event.proto."""
-        org, inbox = organization(), _Inbox(self._stream_bytes)
+        org = organization()
+        inbox = _Inbox(self._stream_bytes, org)
         reading = asyncio.create_task(inbox.fill(requests))
         drain = asyncio.create_task(self._streams.draining.wait())
         drain.add_done_callback(lambda _: reading.cancel())
@@ -125,8 +126,9 @@ class _Received(NamedTuple):
 class _Inbox:
     """The batches of one stream between its reading and its answers."""
 
-    def __init__(self, stream_bytes: RequestBytes) -> None:
+    def __init__(self, stream_bytes: RequestBytes, organization: str) -> None:
         self._stream_bytes = stream_bytes
+        self._organization = organization
         self._waiting: deque[_Received] = deque()
         self._unanswered = 0
         self._size = 0
@@ -147,7 +149,7 @@ class _Inbox:
                     text = f"is {message.sequence} and must be {sequence}: 1 for a stream's first batch, then one more"
                     raise invalid("sequence", Reason.FIELD_INVALID, text)
                 size = message.ByteSize()
-                await self._stream_bytes.take(size)
+                await self._stream_bytes.take(size, self._organization)
                 self._size += size
                 self._unanswered += 1
                 received = _Received(sequence, size, await wire.batch(message.events))
@@ -181,7 +183,7 @@ class _Inbox:
 
     async def answered(self, one: _Received) -> None:
         """Make room for another batch."""
-        self._stream_bytes.give_back(one.size)
+        self._stream_bytes.give_back(one.size, self._organization)
         self._size -= one.size
         self._unanswered -= 1
         async with self._changed:
@@ -189,7 +191,7 @@ class _Inbox:
 
     def close(self) -> None:
         """Give back what was never answered."""
-        self._stream_bytes.give_back(self._size)
+        self._stream_bytes.give_back(self._size, self._organization)
 
     def _has_room(self) -> bool:
         # For a batch of any size.

@@ -14,21 +14,27 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # has no types
 
 # How many calls of a method can be taken in between two looks at the network.
 _TAKEN_AT_ONCE = 16
+_HEALTH = "/grpc.health.v1.Health/"
 
 
-def aio_server(interceptors: Sequence[grpc.aio.ServerInterceptor], options: Sequence[tuple[str, int]]) -> Any:
+def aio_server(
+    interceptors: Sequence[grpc.aio.ServerInterceptor], options: Sequence[tuple[str, int]], calls_max: int
+) -> Any:
     """Make a server as `grpc.aio.server` does, that takes calls in as fast as they come and that no path ends.
 
-    Nor does it log what callers send.
+    Nor does it log what callers send. Beyond `calls_max` calls, also such of which no message has come yet, it refuses
+    all but those that ask for health.
     """
     logger = logging.getLogger("grpc._cython.cygrpc")
     if _is_ours not in logger.filters:
         logger.addFilter(_is_ours)
     original, cygrpc.AioServer = cygrpc.AioServer, _Server
     try:
-        return grpc.aio.server(interceptors=interceptors, options=options)
+        server: Any = grpc.aio.server(interceptors=interceptors, options=options)
     finally:
         cygrpc.AioServer = original
+    server._server._our_calls_max = calls_max
+    return server
 
 
 class _Server(cygrpc.AioServer):  # type: ignore[misc]  # as above
@@ -54,6 +60,9 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc]  # as above
         self._our_interceptors = tuple(interceptors)
         self._our_handlers: dict[str, Any] = {}
         self._our_tasks: set[asyncio.Task[None]] = set()
+        self._our_followed: set[bytes | None] = set()
+        self._our_calls = 0
+        self._our_calls_max = 0
 
     def add_registered_method_handlers(self, handlers: Mapping[str, Any]) -> None:
         """Keep the handlers, which gRPC's own object does not give away."""
@@ -63,8 +72,10 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc]  # as above
     def _make_request_call_future(self, method: bytes | None) -> "asyncio.Task[None]":
         # gRPC waits for it: it ends when the server does, and the others with it.
         leader = self._our_loop.create_task(self._take_calls(method, leads=True))
-        for _ in range(_TAKEN_AT_ONCE - 1):
-            self._keep(self._our_loop.create_task(self._take_calls(method, leads=False)))
+        if method not in self._our_followed:
+            self._our_followed.add(method)
+            for _ in range(_TAKEN_AT_ONCE - 1):
+                self._keep(self._our_loop.create_task(self._take_calls(method, leads=False)))
         return leader
 
     async def _take_calls(self, method: bytes | None, *, leads: bool) -> None:
@@ -79,8 +90,15 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc]  # as above
                 if leads:
                     raise  # what gRPC expects at its end
                 return
-            answer = cygrpc._handle_rpc(name, handlers, interceptors, call, self._our_loop, False)
-            self._keep(self._our_loop.create_task(cygrpc._schedule_rpc_coro(answer, call, self._our_loop, name)))
+            full = self._our_calls >= self._our_calls_max and not name.startswith(_HEALTH)
+            answer = cygrpc._handle_rpc(name, handlers, interceptors, call, self._our_loop, full)
+            task = self._our_loop.create_task(cygrpc._schedule_rpc_coro(answer, call, self._our_loop, name))
+            self._our_calls += 1
+            task.add_done_callback(self._answered)
+            self._keep(task)
+
+    def _answered(self, _: "asyncio.Task[None]") -> None:
+        self._our_calls -= 1
 
     def _keep(self, task: "asyncio.Task[None]") -> None:
         self._our_tasks.add(task)

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import re
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
 
 import grpc
 import structlog
@@ -19,7 +21,7 @@ from service.auth import Auth, Caller
 from service.auth.certificates import names_of
 from service.auth.permissions import PUBLIC_SERVICES
 from service.domain.roles import Role
-from service.errors import MeteringError, PermissionDenied, Reason, Unauthenticated, invalid
+from service.errors import MeteringError, PermissionDenied, Reason, ResourceExhausted, Unauthenticated, invalid
 from service.rpc.status import internal, status
 from service.rpc.streams import ClientGone, Streams
 from service.turns import Places, overloaded
@@ -32,6 +34,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 # What a waiting call takes at least, however small its request: bounds their number too.
 _REQUEST_BYTES_MIN = 4096
+# Nobody's organization: those that are not known yet.
+_STRANGERS = ""
 _REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -58,44 +62,67 @@ def check_organization(named: str) -> None:
 
 
 class RequestBytes:
-    """How many bytes of requests the server holds, over all calls of a kind, and what happens when it is too much."""
+    """How many bytes of requests the server holds, over all calls of a kind, and what happens when it is too much.
+
+    One organization may hold three quarters of them.
+    """
 
     def __init__(self, most: int) -> None:
         """Let requests hold about `most` bytes."""
         self._most = most
         self._held = 0
-        self._turn = asyncio.Lock()
+        self._held_by: Counter[str] = Counter()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._given_back = asyncio.Event()
 
     @contextlib.contextmanager
-    def hold(self, size: int) -> Iterator[None]:
+    def hold(self, size: int, organization: str) -> Iterator[None]:
         """Hold a request while the block runs; raises ResourceExhausted if there is no room for it."""
-        if self._held and self._held + size > self._most:
+        if self._is_full(size):
             raise overloaded()
-        self._held += size
+        if self._is_full_for(size, organization):
+            text = "The requests of this organization that are in flight take as much room as one may have"
+            raise ResourceExhausted(Reason.ORGANIZATION_LIMIT, f"{text}; nothing was done.", retry_after_s=1)
+        self._take(size, organization)
         try:
             yield
         finally:
-            self.give_back(size)
+            self.give_back(size, organization)
 
-    async def take(self, size: int) -> None:
-        """Hold a request until it is given back, as soon as there is room and those who came before have theirs."""
-        async with self._turn:
-            while self._held and self._held + size > self._most:
+    async def take(self, size: int, organization: str) -> None:
+        """Hold a request until it is given back, as soon as there is room, after the organization's earlier ones."""
+        async with self._turns.setdefault(organization, asyncio.Lock()):
+            while self._is_full(size) or self._is_full_for(size, organization):
                 self._given_back.clear()
                 await self._given_back.wait()
-            self._held += size
+            self._take(size, organization)
 
-    def give_back(self, size: int) -> None:
+    def give_back(self, size: int, organization: str) -> None:
         """Forget a request that was taken."""
         self._held -= size
+        self._held_by[organization] -= size
+        if not self._held_by[organization]:
+            del self._held_by[organization]
         self._given_back.set()
+
+    def _is_full(self, size: int) -> bool:
+        # One request has room always, however large.
+        return self._held > 0 and self._held + size > self._most
+
+    def _is_full_for(self, size: int, organization: str) -> bool:
+        held = self._held_by[organization]
+        return held > 0 and held + size > self._most * 3 // 4
+
+    def _take(self, size: int, organization: str) -> None:
+        self._held += size
+        self._held_by[organization] += size
 
 
 class Room(NamedTuple):
     """What calls and streams in flight may hold together. Streams have room of their own: they hold it for long.
 
-    A call holds its bytes as `arriving` until it is known whose it is: strangers take no room from those who are known.
+    A call with a credential that was not seen lately holds its bytes as `arriving` until it is known whose it is:
+    strangers take no room from those who are known.
     """
 
     calls: Places
@@ -152,9 +179,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async def unary(raw: bytes, context: Context) -> Any:
             size = max(len(raw), _REQUEST_BYTES_MIN)
             async with self._answered(method, context):
-                with self._room.arriving_bytes.hold(size):
-                    caller = await self._identify(method, context)
-                with self._room.calls.held(caller.organization), self._room.call_bytes.hold(size):
+                caller = await self._identify_newcomer(method, context, size)
+                org = caller.organization
+                with self._room.calls.held(org), self._room.call_bytes.hold(size, org):
                     return await serve(_decoded(decode, raw), context)
 
         return unary
@@ -162,9 +189,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _stream(self, method: str, serve: Any, decode: Any) -> Any:
         async def stream(raw: bytes, context: Context) -> None:
             async with self._answered(method, context):
-                with self._room.arriving_bytes.hold(len(raw)):
-                    caller = await self._identify(method, context)
-                with self._room.streams.held(caller.organization), self._room.stream_bytes.hold(len(raw)):
+                caller = await self._identify_newcomer(method, context, len(raw))
+                org = caller.organization
+                with self._room.streams.held(org), self._room.stream_bytes.hold(len(raw), org):
                     await self._send_all(method, serve(_decoded(decode, raw), context), context)
 
         return stream
@@ -208,6 +235,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
         finally:
             if isinstance(responses, AsyncGenerator):
                 await responses.aclose()
+
+    async def _identify_newcomer(self, method: str, context: Context, size: int) -> Caller:
+        """Find out whose call it is that brought so many bytes, and that it may be made."""
+        if self._auth.recalls(context.invocation_metadata() or ()):
+            return await self._identify(method, context)
+        with self._room.arriving_bytes.hold(size, _STRANGERS):
+            return await self._identify(method, context)
 
     async def _identify(self, method: str, context: Context) -> Caller:
         """Find out whose call it is, and that it may be made."""

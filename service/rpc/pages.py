@@ -1,5 +1,6 @@
 """Signs and reads page tokens for the RPCs, with the secrets that every replica finds in the database."""
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ class PageTokens:
         self._database = database
         self._keys: list[PageTokenKey] = []
         self._loaded_at = float("-inf")
+        self._loading = asyncio.Lock()
 
     async def encode(self, scope: str, state: Mapping[str, Any]) -> str:
         """Make the token by which a query, told by its `scope`, can be continued from `state` (JSON-ready)."""
@@ -48,9 +50,15 @@ class PageTokens:
 
     async def _current(self, age_max: float) -> list[PageTokenKey]:
         if time.monotonic() - self._loaded_at > age_max:
+            await self._load(age_max)
+        return self._keys
+
+    async def _load(self, age_max: float) -> None:
+        async with self._loading:
+            if time.monotonic() - self._loaded_at <= age_max:
+                return  # another call did it meanwhile
             self._keys = await self._database.background(current_page_token_keys)
             self._loaded_at = time.monotonic()
-        return self._keys
 
 
 def fitting(messages: Sequence[M], limit: int) -> list[M]:

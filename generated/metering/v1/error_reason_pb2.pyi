@@ -130,7 +130,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_CREDENTIAL_INVALID: _ErrorReason.ValueType  # 41
     """The credential is not known, not well formed, expired or revoked. UNAUTHENTICATED. Open streams end with it too, at
-    most five seconds later.
+    their next message or batch, if that is two seconds later or more.
     {"reason":"CREDENTIAL_INVALID","domain":"metering"}
     """
     ERROR_REASON_ORGANIZATION_MISMATCH: _ErrorReason.ValueType  # 42
@@ -146,7 +146,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     {"reason":"OVERLOADED","domain":"metering"}
     """
     ERROR_REASON_ORGANIZATION_LIMIT: _ErrorReason.ValueType  # 56
-    """The organization has as many calls or streams in flight as one may have. RESOURCE_EXHAUSTED, with RetryInfo; nothing
+    """The organization has as many calls, streams or bytes of requests in flight as one may have. RESOURCE_EXHAUSTED, with RetryInfo; nothing
     was done.
     {"reason":"ORGANIZATION_LIMIT","domain":"metering"}
     """
@@ -380,7 +380,7 @@ certificate that the server knows.
 """
 ERROR_REASON_CREDENTIAL_INVALID: ErrorReason.ValueType  # 41
 """The credential is not known, not well formed, expired or revoked. UNAUTHENTICATED. Open streams end with it too, at
-most five seconds later.
+their next message or batch, if that is two seconds later or more.
 {"reason":"CREDENTIAL_INVALID","domain":"metering"}
 """
 ERROR_REASON_ORGANIZATION_MISMATCH: ErrorReason.ValueType  # 42
@@ -396,7 +396,7 @@ ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 50
 {"reason":"OVERLOADED","domain":"metering"}
 """
 ERROR_REASON_ORGANIZATION_LIMIT: ErrorReason.ValueType  # 56
-"""The organization has as many calls or streams in flight as one may have. RESOURCE_EXHAUSTED, with RetryInfo; nothing
+"""The organization has as many calls, streams or bytes of requests in flight as one may have. RESOURCE_EXHAUSTED, with RetryInfo; nothing
 was done.
 {"reason":"ORGANIZATION_LIMIT","domain":"metering"}
 """
