@@ -12,18 +12,15 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # has no types
 
-# How many calls of a method can be taken in between two looks at the network.
-_TAKEN_AT_ONCE = 16
 _HEALTH = "/grpc.health.v1.Health/"
 
 
 def aio_server(
     interceptors: Sequence[grpc.aio.ServerInterceptor], options: Sequence[tuple[str, int]], calls_max: int
 ) -> Any:
-    """Make a server as `grpc.aio.server` does, that takes calls in as fast as they come and that no path ends.
+    """Make a server as `grpc.aio.server` does, that no path ends and that logs nothing of what callers send.
 
-    Nor does it log what callers send. Beyond `calls_max` calls, also such of which no message has come yet, it refuses
-    all but those that ask for health.
+    Beyond `calls_max` calls, also such of which no message has come yet, it refuses all but those that ask for health.
     """
     logger = logging.getLogger("grpc._cython.cygrpc")
     if _is_ours not in logger.filters:
@@ -40,11 +37,10 @@ def aio_server(
 class _Server(cygrpc.AioServer):  # type: ignore[misc]  # as above
     """Takes calls in by itself.
 
-    gRPC takes one call of each method at a time, and looks at all methods for each. Under load calls wait for that for
-    seconds, in a queue which nobody sees and whose order no limit can change: those that are refused are refused late,
-    and those that are served are late too. And it decodes the paths of methods that do not exist in the loop that takes
-    calls in, so that one path that is no text ends the server, before any credential is asked for; here they are
-    answered unseen.
+    gRPC decodes the paths of methods that do not exist in the loop that takes calls in, so that one path that is no
+    text ends the server, before any credential is asked for; here they are answered unseen. It counts calls only from
+    their message on, so that those that never send one could be without number; here they count from their headers on.
+    And for each call it looks at all methods again.
     """
 
     def __init__(
@@ -60,8 +56,6 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc]  # as above
         self._our_interceptors = tuple(interceptors)
         self._our_handlers: dict[str, Any] = {}
         self._our_tasks: set[asyncio.Task[None]] = set()
-        self._our_followed: set[bytes | None] = set()
-        self._our_calls = 0
         self._our_calls_max = 0
 
     def add_registered_method_handlers(self, handlers: Mapping[str, Any]) -> None:
@@ -70,39 +64,21 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc]  # as above
         super().add_registered_method_handlers(handlers)
 
     def _make_request_call_future(self, method: bytes | None) -> "asyncio.Task[None]":
-        # gRPC waits for it: it ends when the server does, and the others with it.
-        leader = self._our_loop.create_task(self._take_calls(method, leads=True))
-        if method not in self._our_followed:
-            self._our_followed.add(method)
-            for _ in range(_TAKEN_AT_ONCE - 1):
-                self._keep(self._our_loop.create_task(self._take_calls(method, leads=False)))
-        return leader
+        # gRPC waits for it; it ends when the server does.
+        return self._our_loop.create_task(self._take_calls(method))
 
-    async def _take_calls(self, method: bytes | None, *, leads: bool) -> None:
+    async def _take_calls(self, method: bytes | None) -> None:
         """Take calls of a method (None = of methods that do not exist) as long as the server runs."""
         name = "" if method is None else method.decode()
         handlers = cygrpc._MethodResolver([], {} if method is None else self._our_handlers)
         interceptors = () if method is None else self._our_interceptors
         while True:
-            try:
-                call = await (self._request_call() if method is None else self._request_registered_call(method))
-            except cygrpc._RequestCallError:
-                if leads:
-                    raise  # what gRPC expects at its end
-                return
-            full = self._our_calls >= self._our_calls_max and not name.startswith(_HEALTH)
+            call = await (self._request_call() if method is None else self._request_registered_call(method))
+            full = len(self._our_tasks) >= self._our_calls_max and not name.startswith(_HEALTH)
             answer = cygrpc._handle_rpc(name, handlers, interceptors, call, self._our_loop, full)
             task = self._our_loop.create_task(cygrpc._schedule_rpc_coro(answer, call, self._our_loop, name))
-            self._our_calls += 1
-            task.add_done_callback(self._answered)
-            self._keep(task)
-
-    def _answered(self, _: "asyncio.Task[None]") -> None:
-        self._our_calls -= 1
-
-    def _keep(self, task: "asyncio.Task[None]") -> None:
-        self._our_tasks.add(task)
-        task.add_done_callback(self._our_tasks.discard)
+            task.add_done_callback(self._our_tasks.discard)
+            self._our_tasks.add(task)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
