@@ -10,6 +10,7 @@ import itertools
 import logging
 import random
 import re
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ from faults import LEAK, Fault, fault_of, read_fault, until
 from google.protobuf import message_factory
 from google.protobuf.struct_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from marketplace import group, reported, sell
 from sqlalchemy.ext.asyncio import create_async_engine
 from structlog.testing import capture_logs
@@ -1778,3 +1780,27 @@ async def test_a_path_that_is_no_text(database: Database, database_url: str) -> 
             await world.alive()
     finally:
         server.kill()
+
+
+async def test_a_watcher_that_does_not_read_holds_up_nobody(database: Database, database_url: str) -> None:
+    """One that watches health and takes nothing, without any credential, keeps neither the states nor the shutdown.
+
+    Would catch states that are told under a lock which changes need.
+    """
+    began = 0.0
+    async with AsyncExitStack() as stack:
+        settings = {"drain": timedelta(seconds=2), "stream_stall": timedelta(seconds=60)}
+        async with running_server(database_url, **settings) as client:
+            world = World(client, database)
+            connection = await stack.enter_async_context(wire(world))
+            request = health_pb2.HealthCheckRequest(service="metering.v1.EventService").SerializeToString()
+            # It lets nothing be sent to it.
+            await connection.send(frame(SETTINGS, 0, 0, b"\0\4\0\0\0\0"))
+            await connection.send(opening(world, 1, {":path": b"/grpc.health.v1.Health/Watch"}))
+            await connection.send(frame(DATA, END_STREAM, 1, body(request)))
+            await asyncio.sleep(0.5)
+            stub = health_pb2_grpc.HealthStub(client.channel)
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service="metering.v1.EventService"))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            began = time.monotonic()
+        assert time.monotonic() - began < 20

@@ -256,6 +256,19 @@ async def test_a_full_server_refuses_and_stays_healthy(database: Database, datab
         await listed(two, two.two)
 
 
+async def test_bytes_are_shared_too(database: Database, database_url: str) -> None:
+    """An organization whose requests hold three quarters of the room gets ORGANIZATION_LIMIT, others do not."""
+    big = [event(properties={f"p{i}": "x" * 1_000 for i in range(10)}) for _ in range(100)]
+    async with two_organizations(database, database_url, request_bytes_max=4 * 2**20) as two:
+        async with blocked(database, "one"):
+            held = [asyncio.ensure_future(ingest(two, two.one, *big)) for _ in range(4)]
+            refused = await asyncio.wait_for(fault_of(first_failed(held)), 30)
+            assert refused.brief == ("RESOURCE_EXHAUSTED", "ORGANIZATION_LIMIT", None)
+            await listed(two, two.two)
+        ended = await asyncio.gather(*held, return_exceptions=True)
+        assert sum(isinstance(one, event_pb2.IngestEventsResponse) for one in ended) == 3
+
+
 async def test_streams_have_places(database: Database, database_url: str) -> None:
     """An organization with all its streams open gets ORGANIZATION_LIMIT for one more; calls and others go on."""
     async with two_organizations(database, database_url, streams_max=3, streams_of_organization_max=2) as two:
