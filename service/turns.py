@@ -13,11 +13,11 @@ from service.errors import Reason, ResourceExhausted
 
 # How long one may wait for a turn.
 WAIT_S = 10.0
-# A queue that was never empty for so long stands: more comes than goes, or as much. To go on in the order of coming
-# would make everyone late. So, of each organization, the last that came goes first: most are answered as if there was
-# no queue, and who has waited for STANDING_WAIT_S is refused. (Adaptive LIFO and controlled delay.)
-STANDING_S = 0.5
-STANDING_WAIT_S = 0.5
+# A queue that was never empty for STANDING_S, and whose first has waited for STANDING_WAIT_S, stands: more comes than
+# goes. To go on in the order of coming would make everyone late. So whoever has waited for so long is refused, and the
+# last that came goes first. (Controlled delay and adaptive LIFO.)
+STANDING_S = 1.0
+STANDING_WAIT_S = 1.0
 
 
 class _Waiting(NamedTuple):
@@ -69,9 +69,10 @@ class Turns:
         """End a turn; whoever is next goes."""
         now = asyncio.get_running_loop().time()
         while self._waiting:
-            standing = self._sheds and now - self._waiting_since > STANDING_S
             organization = next(iter(self._waiting))
             queue = self._waiting.pop(organization)
+            stood = now - self._waiting_since > STANDING_S and now - queue[0].since > STANDING_WAIT_S
+            standing = self._sheds and stood
             if standing:
                 _refuse_late(queue, now)
             if not queue:
