@@ -370,6 +370,6 @@ def _unavailable(error: BaseException) -> Unavailable:
 
 def _prepare_connection(dbapi_connection: Any, _record: Any) -> None:
     statement = str(CreateTable(incoming_events).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
-    # No other session sees it, so "everyone" is this session in its other role.
+    # Only this connection sees it, so "everyone" is the same login in its other role.
     grant = f"GRANT SELECT, INSERT ON {incoming_events.name} TO PUBLIC"
     dbapi_connection.run_async(lambda connection: connection.execute(f"{statement}; {grant}"))
