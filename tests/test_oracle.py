@@ -946,7 +946,10 @@ class Run:
         }
         base = bases[time.base][time.index % len(bases[time.base])]
         found = max(base + time.delta, EARLIEST)
-        return found - timedelta(days=1) if found > self.now + timedelta(hours=23) else found
+        # Just after midnight, the end of a scene that began yesterday is almost two days away.
+        while found > self.now + timedelta(hours=23):
+            found -= timedelta(days=1)
+        return found
 
     def _zone(self, query: Query) -> str:
         return self.plan.scene.zone if query.zone == "scene" else query.zone

@@ -56,10 +56,14 @@ class Compiled:
         self._processors: Mapping[str, Any] = compiled._bind_processors
         self._fixed = {name: self._processed(name, value) for name, value in compiled.params.items()}
 
+    def bound(self, **values: Any) -> tuple[str, tuple[Any, ...]]:
+        """Return its SQL, and what asyncpg is to be given for the parameters when the named ones have these values."""
+        given = self._fixed | {name: self._processed(name, value) for name, value in values.items()}
+        return self._sql, tuple(given[name] for name in self._names)
+
     async def execute(self, connection: AsyncConnection, **values: Any) -> "sa.CursorResult[Any]":
         """Run it with these values for its named parameters."""
-        given = self._fixed | {name: self._processed(name, value) for name, value in values.items()}
-        return await connection.exec_driver_sql(self._sql, tuple(given[name] for name in self._names))
+        return await connection.exec_driver_sql(*self.bound(**values))
 
     def _processed(self, name: str, value: Any) -> Any:
         processor = self._processors.get(name)

@@ -82,13 +82,17 @@ async def insert_events(
     end: committed, the id is not new; rolled back, it is.
     """
     raw = await connection.get_raw_connection()
-    driver: Any = raw.driver_connection
-    await driver.copy_records_to_table(incoming_events.name, records=events, columns=INCOMING)
+    await copy_events(raw.driver_connection, events)
     result = await statements.insert.execute(connection, organization=organization)
     accepted = set(result.scalars())
     if accepted and statements.distinct is not None:
         await statements.distinct.execute(connection, organization=organization, accepted=list(accepted))
     return accepted
+
+
+async def copy_events(driver: Any, events: Sequence[Event]) -> None:
+    """Bring events to the temporary table of an asyncpg connection, from which `ingest_statements` takes them."""
+    await driver.copy_records_to_table(incoming_events.name, records=events, columns=INCOMING)
 
 
 async def void_events(

@@ -1,0 +1,179 @@
+"""Owns what a measurement is: sides that do the same work in turns, every answer checked, one set against the other.
+
+Absolute times tell of the machine and of who else is on it; ratios of sides that ran in turns tell of the service.
+"""
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+Answer = TypeVar("Answer")
+
+
+class WrongAnswer(Exception):
+    """The service, or a limit, answered something else than it must; no figure is worth anything then."""
+
+
+class Work(NamedTuple):
+    """What one run of a side did: so many items in so many seconds, and how long each single call took."""
+
+    done: int
+    seconds: float
+    waits: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of those that do the same work. `run` times itself, so that it can prepare and check outside of the time."""
+
+    name: str
+    run: Callable[[], Awaitable[Work]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All runs of a side. Rates are items a second, waits seconds, `cpu` seconds of processor per item by process."""
+
+    name: str
+    runs: Sequence[Work]
+    cpu: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> list[float]:
+        """The rate of each run."""
+        return [one.done / one.seconds for one in self.runs]
+
+    @property
+    def rate(self) -> float:
+        """The median rate."""
+        return statistics.median(self.rates)
+
+    def wait(self, percent: float) -> float:
+        """Return the percentile of the waits of all runs together."""
+        waits = sorted(wait for one in self.runs for wait in one.waits)
+        return waits[min(len(waits) - 1, int(len(waits) * percent / 100))]
+
+    @property
+    def has_waits(self) -> bool:
+        """Whether single calls were timed."""
+        return any(one.waits for one in self.runs)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was set out to be reached: `value` of the sides, at least or at most `bound`."""
+
+    text: str
+    value: Callable[[Mapping[str, Summary]], float]
+    bound: float
+    at_most: bool = False
+
+    def is_met(self, sides: Mapping[str, Summary]) -> bool:
+        """Say whether it was reached."""
+        value = self.value(sides)
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Sides that do the same work. `limits` names those that the others are set against."""
+
+    title: str
+    unit: str
+    sides: Sequence[Side]
+    limits: Sequence[str] = ()
+    targets: Sequence[Target] = ()
+    notes: Sequence[str] = ()
+    # Most that a run may be repeated, where one is long; None = as often as asked for.
+    rounds_max: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A comparison that was made."""
+
+    comparison: Comparison
+    sides: Mapping[str, Summary]
+
+    def ratio(self, side: str, limit: str) -> float:
+        """Return the median over the rounds of the side's rate by the limit's of the same round."""
+        return ratio(self.sides, side, limit)
+
+
+def ratio(sides: Mapping[str, Summary], side: str, limit: str) -> float:
+    """Return the median over the rounds of one side's rate by another's of the same round."""
+    pairs = zip(sides[side].rates, sides[limit].rates, strict=True)
+    return statistics.median(one / other for one, other in pairs)
+
+
+def at_least(side: str, limit: str, bound: float) -> Target:
+    """Build the target that a side reaches a share of a limit's rate."""
+    return Target(f"{side} / {limit}", lambda sides: ratio(sides, side, limit), bound)
+
+
+def best(prefix: str, sides: Mapping[str, Summary]) -> str:
+    """Return the fastest of the sides whose names begin so."""
+    return max((name for name in sides if name.startswith(prefix)), key=lambda name: sides[name].rate)
+
+
+def at_least_of_best(side: str, prefix: str, bound: float) -> Target:
+    """Build the target that a side reaches a share of the rate of the best of several limits."""
+    return Target(f"{side} / best {prefix}", lambda sides: ratio(sides, side, best(prefix, sides)), bound)
+
+
+async def compare(
+    comparison: Comparison,
+    rounds: int,
+    *,
+    cpu: Callable[[], Mapping[str, float]],
+    progress: Callable[[str], None],
+) -> Result:
+    """Run every side once to warm up, then all of them in turns, each time in another order."""
+    runs: dict[str, list[Work]] = {side.name: [] for side in comparison.sides}
+    spent: dict[str, dict[str, float]] = {side.name: {} for side in comparison.sides}
+    for side in comparison.sides:
+        progress(f"{comparison.title}: warming up {side.name}")
+        await side.run()
+    rounds = min(rounds, comparison.rounds_max or rounds)
+    for number in range(rounds):
+        turn = number % len(comparison.sides)
+        for side in (*comparison.sides[turn:], *comparison.sides[:turn]):
+            progress(f"{comparison.title}: round {number + 1} of {rounds}, {side.name}")
+            before = cpu()
+            runs[side.name].append(await side.run())
+            for process, seconds in cpu().items():
+                kept = spent[side.name]
+                kept[process] = kept.get(process, 0.0) + seconds - before.get(process, seconds)
+    summaries = {}
+    for name, of_side in runs.items():
+        items = max(1, sum(one.done for one in of_side))
+        summaries[name] = Summary(name, of_side, {process: used / items for process, used in spent[name].items()})
+    return Result(comparison, summaries)
+
+
+class Stopwatch:
+    """Seconds from its making, and of single waits."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.waits: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._began
+
+    async def timed(self, call: Awaitable[Answer]) -> Answer:
+        """Wait for a call and note how long that took."""
+        began = time.perf_counter()
+        answer = await call
+        self.waits.append(time.perf_counter() - began)
+        return answer
+
+
+def must_be(what: str, found: object, expected: object) -> None:
+    """Raise WrongAnswer unless they are equal."""
+    if found != expected:
+        raise WrongAnswer(f"{what} must be {expected!r} and is {found!r}")
