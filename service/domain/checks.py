@@ -38,6 +38,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
+def is_plain(value: str) -> bool:
+    """Say whether a text is an identifier without a fault; some that are not plain have none either."""
+    return 0 < len(value) <= IDENTIFIER_MAX and value.isprintable() and not value.isspace()
+
+
 def identifier(field: str, value: str, *, most: int = IDENTIFIER_MAX) -> Violation | None:
     """Check a required id-like string: 1..`most` characters, no control characters, not only blanks."""
     if not value:

@@ -73,7 +73,7 @@ class EventSource(enum.IntEnum):
     GROUP = 1
 
 
-class Verdict(enum.Enum):
+class Verdict(enum.IntEnum):
     """What became of an event; see the proto enum of the same name."""
 
     ACCEPTED = 1
@@ -170,7 +170,9 @@ def event(
     """Build an event from checked fields; `properties` is canonical JSON."""
     key = checks.customer_key(customer_id)
     # Lengths keep fields apart: ("ab","c") and ("a","bc") must not meet. The id is not part of its own content.
-    head = f"{len(key)}:{key}{len(event_type)}:{event_type}{timestamp.isoformat()}"
+    # (A time of UTC without its zone is written twice as fast.)
+    at = timestamp.replace(tzinfo=None).isoformat()
+    head = f"{len(key)}:{key}{len(event_type)}:{event_type}{at}"
     digest = blake2b((head + properties).encode(), digest_size=16).digest()
     return Event(transaction_id, key, event_type, timestamp, properties, digest, source)
 
@@ -182,7 +184,7 @@ def instant(seconds: int, nanos: int) -> datetime | None:
     """
     if not _EARLIEST_S <= seconds <= _LATEST_S or not 0 <= nanos < 1_000_000_000:
         return None
-    return _EPOCH + timedelta(seconds=seconds, microseconds=nanos // 1000)
+    return _EPOCH + timedelta(0, seconds, nanos // 1000)
 
 
 def time_violation(field: str, timestamp: datetime, now: datetime, limits: TimeLimits) -> Violation | None:

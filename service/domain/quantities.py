@@ -22,6 +22,14 @@ def plain(value: Decimal) -> str:
     return "0" if text in {"-0", ""} else text
 
 
+def short(value: float) -> str:
+    """Return what `from_double` does where that is simple, else nothing."""
+    if value.is_integer():
+        return str(int(value)) if -INTEGER_MAX <= value <= INTEGER_MAX else ""
+    text = repr(value)
+    return "" if "e" in text or "n" in text else text
+
+
 def from_double(value: float) -> str:
     """Return the shortest plain decimal that reads back as `value`.
 

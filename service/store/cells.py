@@ -66,7 +66,8 @@ def adding(metrics: Sequence[BillableMetric], events: sa.FromClause) -> sa.Inser
     if not metrics:
         return None
     rows = [metric_sql.cells(metric, events, _bucket(events), *_passed(metric, events)) for metric in metrics]
-    return metric_sql.merge_into_cells(sa.select(sa.union_all(*rows).subquery()))
+    aggregations = {metric.aggregation for metric in metrics}
+    return metric_sql.merge_into_cells(sa.select(sa.union_all(*rows).subquery()), aggregations)
 
 
 def adding_distinct(metrics: Sequence[BillableMetric], events: sa.FromClause) -> sa.Insert | None:
@@ -85,7 +86,8 @@ def adding_distinct(metrics: Sequence[BillableMetric], events: sa.FromClause) ->
 
 def adding_records(events: sa.FromClause) -> sa.Insert:
     """Return the statement that adds new events, made from records, to the cells of their record metrics."""
-    return metric_sql.merge_into_cells(metric_sql.cells(metric_sql.RECORDS, of := of_records(events), _bucket(of)))
+    rows = metric_sql.cells(metric_sql.RECORDS, of := of_records(events), _bucket(of))
+    return metric_sql.merge_into_cells(rows, {metric_sql.RECORDS.aggregation})
 
 
 def of_records(events: sa.FromClause) -> sa.Subquery:

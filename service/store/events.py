@@ -50,8 +50,11 @@ def ingest_statements(metrics: Sequence[BillableMetric]) -> IngestStatements:
     statement = sa.select(new.c.transaction_id)
     if (adding := cells.adding(metrics, new)) is not None:
         statement = statement.add_cte(adding.cte("added"))
-    accepted = sa.select(incoming_events).where(incoming_events.c.transaction_id == sa.any_(_ACCEPTED)).subquery("new")
-    distinct = cells.adding_distinct(metrics, accepted)
+    # "IS TRUE" keeps the planner from making it a join, for which it could choose nested loops over thousands of rows;
+    # so it is looked up in a hash table, always.
+    ids = sa.select(sa.func.unnest(_ACCEPTED))
+    is_accepted = incoming_events.c.transaction_id.in_(ids).is_(sa.true())
+    distinct = cells.adding_distinct(metrics, sa.select(incoming_events).where(is_accepted).subquery("new"))
     return IngestStatements(Compiled(statement), None if distinct is None else Compiled(distinct))
 
 
