@@ -176,8 +176,10 @@ class Measures(NamedTuple):
     updated_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class UsageWindow:
+WINDOW_BYTES = 140
+
+
+class UsageWindow(NamedTuple):
     """The usage of one customer by one metric in `[start, end)`. `value` None = no usage.
 
     `groups` is None unless the metric was grouped.
@@ -196,7 +198,7 @@ class UsageWindow:
     @property
     def size(self) -> int:
         """Roughly how many bytes the window takes on the wire."""
-        size = 140 + 4 * len(self.metric.name) + len(self.value or "")
+        size = WINDOW_BYTES + 4 * len(self.metric.name) + len(self.value or "")
         if self.groups:
             size += sum(12 + 4 * len(key) + len(value or "") for key, value in self.groups.items())
         return size

@@ -195,6 +195,11 @@ class Windows:
 
         Costs in proportion to `count`, wherever it starts. Raises ValueError for a negative argument.
         """
+        if count <= _KEPT_SLICE_MAX:
+            return _kept_slice(self, index, count)
+        return self._slice(index, count)
+
+    def _slice(self, index: int, count: int) -> list[tuple[datetime, datetime]]:
         if index < 0 or count < 0:
             raise ValueError("index and count must not be negative")
         stop = min(index + count, len(self))
@@ -218,6 +223,14 @@ class Windows:
             return (instant - self.start) // _HOUR
         zone = _zone(self.zone)
         return zone.number(zone.day_of(instant)) - self._days[0]
+
+
+_KEPT_SLICE_MAX = 1_000
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_slice(windows: Windows, index: int, count: int) -> list[tuple[datetime, datetime]]:
+    return windows._slice(index, count)
 
 
 class _Zone:

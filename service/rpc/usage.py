@@ -128,7 +128,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         token = ""
         if part.following is not None:
             token = await self._tokens.encode(query_scope, _state(part.following, moment))
-        return response(windows=part.messages, next_page_token=token, next_updated_since=timestamp(moment.watermark))
+        return _answer(response, part.messages, next_page_token=token, next_updated_since=timestamp(moment.watermark))
 
     async def _messages(
         self,
@@ -172,8 +172,9 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         found: deque[M] = deque()
         for rows, place in _cut(part):
             found.append(
-                response(
-                    windows=rows,
+                _answer(
+                    response,
+                    rows,
                     resume_token=await self._tokens.encode(query_scope, _state(place, moment)),
                     complete=place is None,
                     next_updated_since=timestamp(moment.watermark),
@@ -206,7 +207,7 @@ async def _windows(database: Database, org: str, query: UsageQuery, wanted: _Ext
         return {"customer": customer_id.hex, "metric": metric_id.hex, "window": window}
 
     return _Part(
-        await in_slices(lambda one: wire.usage_window(one, wanted.read_time), page.windows),
+        await in_slices(wire.WindowWriter(wanted.read_time).write, page.windows),
         lambda i: place_of(query.after(page.windows[i])),
         place_of(page.following),
     )
@@ -248,6 +249,13 @@ def _state(place: Place | None, moment: _Moment) -> dict[str, Any]:
     }
 
 
+def _answer(response: Any, rows: Any, **fields: Any) -> Any:
+    """Make an answer of rows that are messages, or bytes of the field `windows` already."""
+    if not rows or not isinstance(rows[0], bytes):
+        return response(windows=rows, **fields)
+    return response.FromString(b"".join([*rows, response(**fields).SerializeToString()]))
+
+
 def _nowhere(_: int) -> Place | None:
     return None
 
@@ -257,7 +265,7 @@ def _cut(part: _Part) -> Iterator[tuple[Sequence[Message], Place | None]]:
     rows: list[Message] = []
     size = 0
     for i, row in enumerate(part.messages):
-        row_size = row.ByteSize() + 4
+        row_size = len(row) + 2 if isinstance(row, bytes) else row.ByteSize() + 4
         if rows and size + row_size > MESSAGE_BYTES:
             yield rows, part.after(i - 1)
             rows, size = [], 0

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.domain.metrics import BillableMetric
 from service.domain.usage import (
     GROUP_VALUES_MAX,
+    WINDOW_BYTES,
     PAGE_BYTES_MAX,
     GroupBy,
     Measures,
@@ -89,13 +90,16 @@ async def usage_page(
             return UsagePage(windows, None)
         if not pairs:
             position = found.following
-        full = len(windows) >= limit or size >= bytes_max
+        # A statement for the few that still fit would cost more than they do in the next page.
+        full = len(windows) >= limit or (len(windows) > 0 and size >= bytes_max * 7 // 8)
         if full or (position != begin and clock() > late):
             return UsagePage(windows, position)
         if not pairs:
             continue
         first = position.window if position and pairs[0] == (position.customer_id, position.metric_id) else 0
-        chunk, count = reader.slice(pairs, first, limit - len(windows))
+        # What does not fit would be made for nothing.
+        fit = (bytes_max - size) // (WINDOW_BYTES + 4 * len(metrics[0].metric.name)) + 1 if len(metrics) == 1 else limit
+        chunk, count = reader.slice(pairs, first, min(fit, limit - len(windows)))
         if query.sparse and count < number:
             # One pair, more windows than one statement takes: leap over those that are empty for certain.
             used = await reader.next_used(chunk[0], query.windows.slice(first, 1)[0][0])
@@ -239,12 +243,20 @@ class _Reader:
         measures = await self._measures(pairs, bounds)
         groups = await self._groups(pairs, bounds)
         found = []
+        sparse, nothing = self.query.sparse, {}
         for pair in pairs:
             selected = self.metrics[pair.metric_id]
+            metric, customer_id = selected.metric, pair.customer_id
+            grouped = selected.group_by is not None
+            own = measures.get(pair, nothing)
             for i, (start, end) in enumerate(bounds):
-                total = measures.get((pair, i))
-                if total is None and self.query.sparse:
-                    continue
+                total = own.get(i)
+                if total is None:
+                    if sparse:
+                        continue
+                    if not grouped:
+                        found.append((pair, first + i, UsageWindow(customer_id, metric, start, end)))
+                        continue
                 if self.query.omit_empty and total and not (total.counted or total.skipped):
                     continue
                 values, truncated = _group_map(selected, groups.get((pair, i), {}))
@@ -263,16 +275,29 @@ class _Reader:
                 found.append((pair, first + i, window))
         return found
 
-    async def _measures(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[tuple[Pair, int], Measures]:
+    async def _measures(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[Pair, dict[int, Measures]]:
         """Return the measures of every window with anything behind it, by pair and position in `bounds`."""
         metrics = [self.metrics[metric_id].metric for metric_id in sorted({pair.metric_id for pair in pairs})]
-        rows = await self._execute(usage_sql.totals(metrics, pairs, bounds, self.query.updated_since))
-        found = {(Pair(row[0], row[1]), row[2]): Measures(*row[3:]) for row in rows}
+        whole = None
+        if self.query.updated_since is None:
+            whole = usage_sql.whole_totals(metrics, pairs, bounds)
+        if whole is not None:
+            statement, values = whole
+            rows = (await statement.execute(self.connection, organization=self.organization, **values)).all()
+        else:
+            rows = await self._execute(usage_sql.totals(metrics, pairs, bounds, self.query.updated_since))
+        found: dict[Pair, dict[int, Measures]] = {}
+        before: Any = (None, None)
+        for row in rows:
+            if row[0] != before[0] or row[1] != before[1]:
+                before = Pair(row[0], row[1])
+                own = found.setdefault(before, {})
+            own[row[2]] = Measures._make(row[3:])
         distinct = usage_sql.distinct_totals(metrics, pairs, bounds)
         for row in await self._execute(distinct) if distinct is not None else ():
-            at = (Pair(row[0], row[1]), row[2])
-            if at in found:  # else the window did not change since the query's instant
-                found[at] = found[at]._replace(counted=row[3])
+            own = found.get(Pair(row[0], row[1]), {})
+            if row[2] in own:  # else the window did not change since the query's instant
+                own[row[2]] = own[row[2]]._replace(counted=row[3])
         return found
 
     async def _groups(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[tuple[Pair, int], dict[str, Measures]]:

@@ -8,6 +8,7 @@ Further pieces hold nothing but a time, at which what is behind a window changed
 a key that the customer gave up.
 """
 
+import functools
 import uuid
 from collections.abc import Sequence
 from datetime import datetime
@@ -21,6 +22,7 @@ from service.domain.metrics import Aggregation, BillableMetric
 from service.domain.usage import GroupBy
 from service.domain.windows import cell_ceil, cell_floor
 from service.store import metric_sql
+from service.store.compiled import Compiled
 from service.store.cells import ORGANIZATION, of_records, stored_events
 from service.store.tables import (
     INSTANT,
@@ -147,6 +149,46 @@ def totals(
     )
 
 
+def whole_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> tuple[str, Any] | None:
+    """Return the statement of `totals`, and what it is given, from those worked out once; None where it is not one.
+
+    Windows that cut no cell, whatever their number and pairs, are asked for by one statement; making it and its key
+    anew takes SQLAlchemy several times as long as Postgres takes to answer it.
+    """
+    if _cut(bounds):
+        return None
+    latest = any(metric.aggregation is Aggregation.LATEST for metric in metrics)
+    return _whole_totals(single=len(bounds) == 1, latest=latest), {
+        "customer_ids": [pair.customer_id for pair in pairs],
+        "metric_ids": [pair.metric_id for pair in pairs],
+        "first": bounds[0][0],
+        "last": bounds[-1][1],
+        **({} if len(bounds) == 1 else {"starts": [start for start, _ in bounds]}),
+    }
+
+
+@functools.lru_cache
+def _whole_totals(*, single: bool, latest: bool) -> Compiled:
+    ids = [sa.bindparam(name, type_=ARRAY(sa.Uuid)) for name in ("customer_ids", "metric_ids")]
+    pair: Any = (
+        sa.func.unnest(*ids)
+        .table_valued(sa.column("customer_id", sa.Uuid), sa.column("metric_id", sa.Uuid))
+        .render_derived("pair")
+    )
+    key = keys_of(pair.c.customer_id)
+    start = usage_cells.c.cell_start
+    first, last = (sa.bindparam(name, type_=INSTANT) for name in ("first", "last"))
+    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, start >= first, start < last)
+    window: sa.ColumnElement[int] = sa.literal_column("0", sa.Integer)
+    if not single:
+        starts = sa.bindparam("starts", type_=ARRAY(INSTANT))
+        window = sa.func.width_bucket(cell.c.cell_start, starts, type_=sa.Integer) - sa.literal_column("1")
+    pieces = _cell_pieces(pair, key, cell, window).subquery("pieces")
+    columns = _key(pieces)
+    of = [Aggregation.LATEST] if latest else []
+    return Compiled(sa.select(*columns, *_measures_of(of, pieces)).group_by(*columns))
+
+
 def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.Select[Any] | None:
     """Select the number of different values per window of UNIQUE metrics: customer_id, metric_id, window, number.
 
@@ -234,19 +276,7 @@ def select_pieces(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], boun
     key = keys_of(pair.c.customer_id)
     cut = _cut(bounds)
     cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(usage_cells, bounds, cut))
-    parts: list[sa.Select[Any]] = [
-        sa.select(
-            pair.c.customer_id,
-            cell.c.metric_id,
-            _window(cell.c.cell_start, bounds).label("window"),
-            cell.c.group_values,
-            _updated_at(cell, key).label("updated_at"),
-            *(
-                sa.case((key.c.held, cell.c[name]), else_=0 if name in {"counted", "skipped"} else None).label(name)
-                for name in metric_sql.MEASURES
-            ),
-        ).select_from(pair.join(key, sa.true()).join(cell, sa.true()))
-    ]
+    parts: list[sa.Select[Any]] = [_cell_pieces(pair, key, cell, _window(cell.c.cell_start, bounds))]
     if cut:
         parts.append(_cut_times(pairs, bounds, cut))
     for metric in metrics if cut else ():
@@ -267,6 +297,20 @@ def select_pieces(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], boun
         same = sa.and_(pair.c.customer_id == rows.c.customer_id, pair.c.metric_id == rows.c.metric_id)
         parts.append(sa.select(rows).join(pair, same))
     return sa.union_all(*parts)
+
+
+def _cell_pieces(pair: Any, key: Any, cell: Any, window: sa.ColumnElement[int]) -> sa.Select[Any]:
+    return sa.select(
+        pair.c.customer_id,
+        cell.c.metric_id,
+        window.label("window"),
+        cell.c.group_values,
+        _updated_at(cell, key).label("updated_at"),
+        *(
+            sa.case((key.c.held, cell.c[name]), else_=0 if name in {"counted", "skipped"} else None).label(name)
+            for name in metric_sql.MEASURES
+        ),
+    ).select_from(pair.join(key, sa.true()).join(cell, sa.true()))
 
 
 # What `select_pieces` has beside the customer.
@@ -335,10 +379,14 @@ def select_distinct_pieces(
 
 def measures_of(metrics: Sequence[BillableMetric], pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
     """Aggregate pieces to the fields of Measures."""
+    return _measures_of([metric.aggregation for metric in metrics], pieces)
+
+
+def _measures_of(aggregations: Sequence[Aggregation], pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
     columns = pieces.c
     latest: sa.ColumnElement[Any] = sa.null().cast(NUMERIC)
     # Only where it is asked for: it needs the pieces sorted.
-    if any(metric.aggregation is Aggregation.LATEST for metric in metrics):
+    if Aggregation.LATEST in aggregations:
         latest = metric_sql.latest(
             columns.latest_value, columns.latest_at, columns.latest_transaction_id, columns.latest_at.is_not(None)
         )
@@ -355,6 +403,9 @@ def measures_of(metrics: Sequence[BillableMetric], pieces: sa.Subquery) -> list[
 
 def _cut(bounds: Bounds) -> list[Span]:
     """Return the parts of windows that lie in a cell which a bound cuts: what cells cannot answer."""
+    # Cells are hours of UTC. Windows adjoin, so what is true of all starts and the last end is true of all.
+    if not any(at.minute or at.second or at.microsecond for at in (*(start for start, _ in bounds), bounds[-1][1])):
+        return []
     spans: list[Span] = []
     for start, end in bounds:
         first, last = cell_ceil(start), cell_floor(end)
