@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from metering.v1 import billable_metric_pb2 as metric_pb
 from metering.v1 import customer_pb2 as customer_pb
 from service.auth import new_api_key
-from service.bench import WrongAnswer
+from service.bench import WrongAnswer, must_be
 from service.config import Config
 from service.database import Database
 from service.domain.roles import Role
@@ -35,6 +35,9 @@ CALL_TIMEOUT_S = 600
 _CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 16 * 1024 * 1024), ("grpc.use_local_subchannel_pool", 1))
 # Stubs that send bytes: what is measured is the server, so requests are written before.
 _METHODS = "/metering.v1.{}"
+_SERVE = ("service", "serve")
+# For how long a server may believe that it is open though there are keys, and a little more.
+_KEYS_KNOWN_AFTER_S = 2.5
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,23 @@ class Tenant:
 
 
 class Server:
-    """A server process and a connection to it."""
+    """A server process and a connection to it. Without a process it is somebody else's and all that is known."""
 
-    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | None, address: str) -> None:
         self._process = process
         self.address = address
-        self.pid = process.pid
+        self.pid = None if process is None else process.pid
         self.channel = connect(address)
 
     def resident_bytes(self) -> int:
-        """Return how much memory the process and those it started hold."""
-        return sum(_resident(pid) for pid in tree(self.pid))
+        """Return how much memory the process and those it started hold; 0 = unknown."""
+        return 0 if self.pid is None else sum(_resident(pid) for pid in tree(self.pid))
 
     async def stop(self) -> None:
-        """End it as an orchestrator would."""
+        """End it as an orchestrator would, unless it is somebody else's."""
         await self.channel.close()
+        if self._process is None:
+            return
         if self._process.returncode is None:
             self._process.terminate()
         await self._process.wait()
@@ -74,8 +79,10 @@ class Server:
 class Ground:
     """One database and the servers on it."""
 
-    def __init__(self, database: Database, url: str, postgres: int | None) -> None:
+    def __init__(self, database: Database, url: str, postgres: int | None, address: str | None = None) -> None:
+        """Take a database, the process of its Postgres if it is ours, and the address of a server that runs already."""
         self.database = database
+        self._address = address
         self._url = url
         self._postgres = postgres
         self._numbers = itertools.count()
@@ -83,8 +90,18 @@ class Ground:
         self._servers: list[Server] = []
 
     @contextlib.asynccontextmanager
-    async def server(self, *arguments: str, module: tuple[str, ...] = ("service", "serve")) -> AsyncIterator[Server]:
-        """Run `metering serve` (or another module that says its address when it is ready) while the block runs."""
+    async def server(self, *arguments: str, module: tuple[str, ...] = _SERVE) -> AsyncIterator[Server]:
+        """Run `metering serve` (or another module that says its address when it is ready) while the block runs.
+
+        Without arguments it is the server that runs already, if there is one.
+        """
+        if self._address is not None and module == _SERVE and not arguments:
+            given = Server(None, self._address)
+            try:
+                yield given
+            finally:
+                await given.stop()
+            return
         command = [sys.executable, "-m", *module, "--listen", "127.0.0.1:0", *arguments]
         package = Path(__file__).parent.parent.parent
         paths = [str(package), str(package / "generated"), os.environ.get("PYTHONPATH", "")]
@@ -136,7 +153,9 @@ class Ground:
         connection = await self.bare()
         try:
             await connection.execute("VACUUM (ANALYZE)")
-            await connection.execute("CHECKPOINT")
+            # In somebody else's database not everybody may.
+            with contextlib.suppress(asyncpg.InsufficientPrivilegeError):
+                await connection.execute("CHECKPOINT")
         finally:
             await connection.close()
 
@@ -144,7 +163,7 @@ class Ground:
         """Return the seconds of processor that client, servers and Postgres have taken so far."""
         taken = {"client": sum(os.times()[:2])}
         if self._servers:
-            taken["server"] = sum(_processor_s(pid) for one in self._servers for pid in tree(one.pid))
+            taken["server"] = sum(_processor_s(pid) for one in self._servers if one.pid for pid in tree(one.pid))
         if self._postgres is not None:
             taken["Postgres"] = _processor_s(self._postgres, reaped=True) + sum(
                 _processor_s(pid) for pid in tree(self._postgres)[1:]
@@ -153,10 +172,13 @@ class Ground:
 
 
 @contextlib.asynccontextmanager
-async def ground(database_url: str | None, pg_bin: str | None = None) -> AsyncIterator[Ground]:
+async def ground(
+    database_url: str | None, pg_bin: str | None = None, address: str | None = None
+) -> AsyncIterator[Ground]:
     """Give a database with the schema: the one named, or an embedded Postgres that is thrown away.
 
-    Raises PostgresError, BadDatabaseUrl, UnsafeDatabase if it could lose what was acknowledged.
+    With the `address` of a server that runs on the database named, that one is measured. Raises PostgresError,
+    BadDatabaseUrl, UnsafeDatabase if it could lose what was acknowledged, WrongAnswer if the server is another's.
     """
     with tempfile.TemporaryDirectory(prefix="metering-bench-", ignore_cleanup_errors=True) as directory:
         # Postgres does not run as root; the user it runs as instead must get to its data.
@@ -169,9 +191,12 @@ async def ground(database_url: str | None, pg_bin: str | None = None) -> AsyncIt
             async with database.engine.connect() as connection:
                 query = sa.text("SELECT pg_backend_pid()")
                 backend = (await connection.execute(query)).scalar_one()
-            found = Ground(database, str(url), None if postgres is None else _parent(backend))
+            found = Ground(database, str(url), None if postgres is None else _parent(backend), address)
             # Before any server starts: with the first key servers ask for one.
             await found.tenant()
+            if address is not None:
+                await asyncio.sleep(_KEYS_KNOWN_AFTER_S)
+                await _require_same_database(found)
             yield found
 
 
@@ -225,6 +250,26 @@ async def machine(ground: Ground) -> dict[str, str]:
         await connection.close()
     versions = {"python": platform.python_version(), "grpcio": grpc.__version__, "asyncpg": asyncpg.__version__}
     return {"cpu": _cpu_name(), "cores": str(os.cpu_count()), "system": platform.platform()} | versions | found
+
+
+async def _require_same_database(ground: Ground) -> None:
+    """Raise WrongAnswer unless what the server that runs already stores is in the ground's database."""
+    tenant, metric = await ground.tenant(), metric_pb.BillableMetric(name="bench")
+    metric.aggregation_type = metric_pb.AGGREGATION_TYPE_COUNT
+    async with ground.server() as server:
+        what = f"the server at {server.address} on the database of --database-url"
+        try:
+            async with asyncio.timeout(SERVER_STARTS_WITHIN_S):
+                await create_metrics(server, tenant, [metric])
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            details = error.details() if isinstance(error, grpc.aio.AioRpcError) else "no answer"
+            raise WrongAnswer(f"{what} does not take a key of that database: {details}") from error
+    connection = await ground.bare()
+    try:
+        query = "SELECT count(*) FROM billable_metrics WHERE organization_id = $1"
+        must_be(f"metrics made by {what}", await connection.fetchval(query, tenant.organization), 1)
+    finally:
+        await connection.close()
 
 
 def tree(pid: int) -> list[int]:

@@ -24,6 +24,7 @@ OPERATOR_COMMANDS = {
     "keys": ("service.cli.operate:keys", "Make, list and revoke API keys."),
     "limits": ("service.cli.limits:limits", "Show what a request may hold, and how to change it."),
     "demo": ("service.cli.demo:demo", "Show the whole path, from events to usage, in one run."),
+    "bench": ("service.cli.bench:bench", "Measure how fast the service is, against the physical limits."),
 }
 COMMANDS = CLIENT_COMMANDS | OPERATOR_COMMANDS
 
@@ -39,7 +40,7 @@ class LazyGroup(click.Group):
         """Imports the one command that is called."""
         if cmd_name not in COMMANDS:
             return None
-        if cmd_name in CLIENT_COMMANDS:
+        if cmd_name in CLIENT_COMMANDS or cmd_name == "bench":
             # gRPC, which reads this once it is imported, would write lines about handshakes between ours.
             os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
