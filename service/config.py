@@ -61,15 +61,17 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings of one server process.
+    """Settings of one server.
 
     `listen` holds `host:port` or `unix:/path` addresses (port 0 = any free one); `gateway` is where Envoy answers JSON,
     None = nowhere. Without `database_url` an embedded Postgres runs in `data_dir`. `drain` is how long calls in flight
-    may go on after SIGTERM, `stream_stall` how long a client may leave a message of a stream untaken.
+    may go on after SIGTERM, `stream_stall` how long a client may leave a message of a stream untaken. `workers` is how
+    many processes answer calls; what `load` says holds for each.
     """
 
     listen: tuple[str, ...] = (DEFAULT_ADDRESS,)
     gateway: str | None = None
+    workers: int = 1
     database_url: str | None = None
     data_dir: Path = DEFAULT_DATA_DIR
     pg_bin: str | None = None

@@ -51,7 +51,7 @@ from service.auth.certificates import BadClients, Clients
 from service.auth.tokens import BadTokenSettings, Tokens
 from service.backfill import Backfill
 from service.config import Config, Load, Tls
-from service.database import Database, UnsafeDatabase
+from service.database import POOL_SIZE, Database, UnsafeDatabase
 from service.domain.events import MERGED_EVENTS_MAX
 from service.gateway import Gateway, gateway, is_loopback
 from service.ingest import Ingest
@@ -114,13 +114,14 @@ HEALTH_PERIOD_S = 2.0
 _HANDSHAKE_MS = 10_000
 
 
-def _options(load: Load) -> list[tuple[str, int]]:
+def _options(load: Load, *, shares_ports: bool) -> list[tuple[str, int]]:
     def milliseconds(time: timedelta) -> int:
         return int(time / timedelta(milliseconds=1))
 
     options = [
-        # Two servers on one port would share its connections by chance; the second must fail instead.
-        ("grpc.so_reuseport", 0),
+        # Two servers on one port would share its connections by chance; the second must fail instead. Of workers, which
+        # are to share them, the parent sees to that.
+        ("grpc.so_reuseport", int(shares_ports)),
         # gRPC's own defaults drop bursts of over 1,000 calls as CANCELLED, which clients do not retry; our limits
         # answer.
         ("grpc.server.max_pending_requests", 20_000),
@@ -155,9 +156,19 @@ class CannotServe(Exception):
     """The server cannot start; the text says why and what to do."""
 
 
+def not_ours(address: str) -> CannotServe:
+    """Return the error that tells of a TCP address that cannot be had."""
+    return CannotServe(f"Cannot listen on {address}: it is in use or not an address of this machine.")
+
+
 @contextlib.asynccontextmanager
-async def serving(config: Config, database: Database) -> AsyncIterator[Addresses]:
+async def serving(
+    config: Config, database: Database, released: asyncio.Event | None = None
+) -> AsyncIterator[Addresses]:
     """Serve `database` on the configured addresses, and the gateway, while the block runs, then drain.
+
+    With `released` this is one of several processes that share the ports, and the gateway is run by another: calls
+    are taken until that is gone, which `released` says, or half of the drain has passed.
 
     Raises CannotServe when an address is taken or not allowed, a setting is wrong, or the database is not ready for
     this version, GatewayError.
@@ -182,7 +193,8 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
         *(RequestBytes(load.request_bytes_max) for _ in range(4)),
     )
     interceptor = Interceptor(auth, room, streams, DECODERS)
-    server = aio_server([interceptor], _options(load), load.calls_max + load.streams_max)
+    options = _options(load, shares_ports=released is not None)
+    server = aio_server([interceptor], options, load.calls_max + load.streams_max)
     _add_services(server, config, database, tokens, ingest, backfill, streams, room.batch_bytes, rate)
     health = HealthService(config.stream_stall)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -196,7 +208,8 @@ async def serving(config: Config, database: Database) -> AsyncIterator[Addresses
         tasks = [asyncio.create_task(one) for one in work]
         front, clock = contextlib.AsyncExitStack(), asyncio.get_running_loop().time
         try:
-            bound.gateway = await front.enter_async_context(_gateway(config, bound[0]))
+            before = gateway_of(config, bound[0]) if released is None else _gateway_elsewhere(config, released)
+            bound.gateway = await front.enter_async_context(before)
             yield bound
         finally:
             ends = clock() + config.drain.total_seconds()
@@ -257,37 +270,62 @@ def _add_services(
     suger_entitlement_pb2_grpc.add_EntitlementServiceServicer_to_server(SugerEntitlements(entitlements), server)
 
 
-async def serve(config: Config, ready: Callable[[Addresses], None]) -> None:
+async def serve(config: Config, ready: Callable[[Addresses], None], released: asyncio.Event | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then drain. `ready` is called with the addresses once calls are answered.
 
-    Without a database URL an embedded Postgres runs as a child of this process. Raises CannotServe, PostgresError,
-    GatewayError.
+    Without a database URL an embedded Postgres runs as a child of this process. `released` is as in `serving`, and
+    leaves SIGINT to the caller. Raises CannotServe, PostgresError, GatewayError.
     """
+    stop = stop_on(signal.SIGTERM) if released is not None else stop_on(signal.SIGTERM, signal.SIGINT)
+    async with migrated_database(config) as (database, postgres), serving(config, database, released) as addresses:
+
+        def check_server() -> None:
+            if addresses.ended.done():
+                raise CannotServe("gRPC ended by itself, so that no call would be answered any more.")
+
+        ready(addresses)
+        await watch(config, stop, check_server, addresses.gateway, postgres)
+
+
+def stop_on(*signals: signal.Signals) -> asyncio.Event:
+    """Return what is set from the first of the signals on."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with open_database(config) as (database, postgres):
-        if config.migrate or config.database_url is None:
-            await upgrade(database.engine)
-        async with serving(config, database) as addresses:
-            ready(addresses)
-            while not stop.is_set():
-                if addresses.ended.done():
-                    raise CannotServe("gRPC ended by itself, so that no call would be answered any more.")
-                if addresses.gateway is not None:
-                    addresses.gateway.check()
-                if postgres is not None:
-                    # Raises once the supervisor has given up: an orchestrator can do more about that than we can.
-                    postgres.check()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(HEALTH_PERIOD_S):
-                        await stop.wait()
-            log.info("draining", seconds=config.drain.total_seconds())
+    for number in signals:
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def watch(
+    config: Config,
+    stop: asyncio.Event,
+    check_server: Callable[[], None],
+    front: Gateway | None,
+    postgres: EmbeddedPostgres | None,
+) -> None:
+    """Return with `stop`, when the drain is to begin; raises what ends a server before that."""
+    while not stop.is_set():
+        check_server()
+        if front is not None:
+            front.check()
+        if postgres is not None:
+            # Raises once the supervisor has given up: an orchestrator can do more about that than we can.
+            postgres.check()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HEALTH_PERIOD_S):
+                await stop.wait()
+    log.info("draining", seconds=config.drain.total_seconds())
 
 
 @contextlib.asynccontextmanager
-async def _gateway(config: Config, server: str) -> AsyncIterator[Gateway | None]:
+async def _gateway_elsewhere(config: Config, released: asyncio.Event) -> AsyncIterator[None]:
+    yield None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(config.drain.total_seconds() / 2):
+            await released.wait()
+
+
+@contextlib.asynccontextmanager
+async def gateway_of(config: Config, server: str) -> AsyncIterator[Gateway | None]:
     """Run the gateway around the block, if one is wanted, in front of the server at this address."""
     if config.gateway is None:
         yield None
@@ -309,7 +347,8 @@ async def open_database(config: Config) -> AsyncIterator[tuple[Database, Embedde
         url, postgres = config.database_url, None
         if url is None:
             bin_dir = Path(config.pg_bin) if config.pg_bin else None
-            postgres = EmbeddedPostgres(config.data_dir, bin_dir=bin_dir)
+            settings = {"max_connections": str(100 + POOL_SIZE * (config.workers - 1))}
+            postgres = EmbeddedPostgres(config.data_dir, bin_dir=bin_dir, settings=settings)
             stack.callback(postgres.stop)
             await asyncio.to_thread(postgres.start)
             url = postgres.url
@@ -318,6 +357,15 @@ async def open_database(config: Config) -> AsyncIterator[tuple[Database, Embedde
             yield database, postgres
         finally:
             await database.close()
+
+
+@contextlib.asynccontextmanager
+async def migrated_database(config: Config) -> AsyncIterator[tuple[Database, EmbeddedPostgres | None]]:
+    """Open the database as `open_database` does, with this version's tables where that is up to us."""
+    async with open_database(config) as (database, postgres):
+        if config.migrate or config.database_url is None:
+            await upgrade(database.engine)
+        yield database, postgres
 
 
 async def _auth(config: Config, database: Database) -> Auth:
@@ -393,7 +441,7 @@ def _listen(server: grpc.aio.Server, address: str, tls: Tls | None) -> Iterator[
         except BadCertificate as error:
             raise CannotServe(str(error)) from error
         except RuntimeError as error:
-            raise CannotServe(f"Cannot listen on {address}: it is in use or not an address of this machine.") from error
+            raise not_ours(address) from error
         yield f"{address.rpartition(':')[0]}:{port}"
         return
     path = Path(address.removeprefix("unix:"))

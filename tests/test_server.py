@@ -655,6 +655,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
         found.config, found.loop = config, type(asyncio.get_running_loop())
 
     monkeypatch.setattr(serve, "run_server", run_server)
+    monkeypatch.setattr(serve, "run_workers", run_server)
     monkeypatch.setattr(serve, "log_to_stderr", lambda _level: None)
     for name in os.environ:
         if name.startswith("METERING_"):
@@ -665,6 +666,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 SETTINGS: list[tuple[str, str, str, Any]] = [
     ("listen", "127.0.0.1:1234 unix:/tmp/x", "", ("127.0.0.1:1234", "unix:/tmp/x")),
     ("gateway", "127.0.0.1:8080", "127.0.0.1:1", "127.0.0.1:8080"),
+    ("workers", "3", "2", 3),
     ("database-url", "postgresql://a@b/c", "postgresql://d@e/f", "postgresql://a@b/c"),
     ("data-dir", "/a b", "/c", Path("/a b")),
     ("pg-bin", "/opt/pg/bin", "/else", "/opt/pg/bin"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import structlog
 
 from service.auth.tokens import ALGORITHMS, TokenSettings
 from service.cli.operate import EPILOG, database_options, log_to_stderr, partner_rule_option, run
@@ -16,6 +17,8 @@ from service.domain.events import TimeLimits
 from service.domain.partners import Rules
 from service.server import Addresses
 from service.server import serve as run_server
+from service.workers import serve as run_workers
+from service.workers import serve_as_worker, told
 
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 _AT_LEAST_ONE = click.IntRange(min=1)
@@ -191,6 +194,14 @@ def _tokens(options: dict[str, Any]) -> TokenSettings | None:
     metavar="HOST:PORT",
     help="Also run Envoy there, which answers Metronome's and Suger's SDKs in JSON (extra `gateway`).",
 )
+@click.option(
+    "--workers",
+    envvar="METERING_WORKERS",
+    type=click.IntRange(min=1, max=64),
+    default=1,
+    show_default=True,
+    help="Processes that answer on the TCP addresses. What limits load (--max-calls and so on) holds for each of them.",
+)
 @database_options
 @click.option("--migrate", envvar="METERING_MIGRATE", is_flag=True, help="Run `metering migrate` first.")
 @click.option(
@@ -242,6 +253,7 @@ def _tokens(options: dict[str, Any]) -> TokenSettings | None:
 def serve(
     listen: tuple[str, ...],
     gateway: str | None,
+    workers: int,
     database_url: str | None,
     data_dir: Path,
     pg_bin: str | None,
@@ -267,6 +279,7 @@ def serve(
     config = Config(
         listen=listen,
         gateway=gateway,
+        workers=workers,
         database_url=database_url,
         data_dir=data_dir,
         pg_bin=pg_bin,
@@ -288,4 +301,17 @@ def serve(
             click.echo(f"JSON for the SDKs is ready on http://{addresses.gateway.address}")
 
     log_to_stderr(logging.INFO)
-    run(run_server(config, ready))
+    run(run_server(config, ready) if workers == 1 else run_workers(config, ready))
+
+
+def work() -> None:
+    """Be one of the processes of a server with several: service.workers starts them here."""
+    number, config = told()
+    log_to_stderr(logging.INFO)
+    structlog.contextvars.bind_contextvars(worker=number)
+    try:
+        run(serve_as_worker(config))
+    except click.ClickException as error:
+        # The parent tells it, once for all of them.
+        click.echo(error.message)
+        raise SystemExit(error.exit_code) from error

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.domain.metrics import BillableMetric
 from service.domain.usage import (
     GROUP_VALUES_MAX,
-    WINDOW_BYTES,
     PAGE_BYTES_MAX,
+    WINDOW_BYTES,
     GroupBy,
     Measures,
     Position,

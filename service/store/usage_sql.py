@@ -22,8 +22,8 @@ from service.domain.metrics import Aggregation, BillableMetric
 from service.domain.usage import GroupBy
 from service.domain.windows import cell_ceil, cell_floor
 from service.store import metric_sql
-from service.store.compiled import Compiled
 from service.store.cells import ORGANIZATION, of_records, stored_events
+from service.store.compiled import Compiled
 from service.store.tables import (
     INSTANT,
     NUMERIC,
