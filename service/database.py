@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.schema import CreateTable
 
 from service.errors import DeadlineExceeded, Reason, Unavailable
+from service.store.compiled import Compiled
 from service.store.tables import APPLICATION_ROLE, METADATA, ORGANIZATION_SETTING, incoming_events, texts
 from service.turns import Turns
 
@@ -38,11 +39,15 @@ BACKGROUND_TIMEOUT_S = 24 * 3600
 ATTEMPTS_MAX = 10
 VERSION_MIN = 150000
 
-_LIMITED = sa.select(sa.func.set_config("statement_timeout", sa.bindparam("timeout", type_=sa.Text), True))
+_TIMEOUT = sa.func.set_config("statement_timeout", sa.bindparam("timeout", type_=sa.Text), True)
+_LIMITED = Compiled(sa.select(_TIMEOUT))
 # One statement for all: each costs a round trip. The role ends with the transaction, as every such setting does.
-_BOUND = _LIMITED.add_columns(
-    sa.func.set_config(ORGANIZATION_SETTING, sa.bindparam("organization", type_=sa.Text), True),
-    sa.func.set_config("role", APPLICATION_ROLE, True),
+_BOUND = Compiled(
+    sa.select(
+        _TIMEOUT,
+        sa.func.set_config(ORGANIZATION_SETTING, sa.bindparam("organization", type_=sa.Text), True),
+        sa.func.set_config("role", APPLICATION_ROLE, True),
+    )
 )
 
 # What using a database can raise. SQLAlchemy wraps most of it, but not what happens while it connects, nor in COPY.
@@ -227,7 +232,7 @@ class Database:
         )
         try:
             async with self.engine.begin() as connection:
-                await connection.execute(_BOUND, {"organization": "", "timeout": "5000"})
+                await _BOUND.execute(connection, organization="", timeout="5000")
                 found = (await connection.execute(whole)).scalar_one()
         except sa.exc.DBAPIError as error:
             if sqlstate(error) is None:
@@ -310,10 +315,11 @@ def _acting_for(
     """Return `work` with its transaction bound to an organization (None = all), its statements to a time (0 = any)."""
 
     async def bound(connection: AsyncConnection) -> Result:
-        await connection.execute(
-            _LIMITED if organization is None else _BOUND,
-            {"organization": organization, "timeout": str(max(1, int(timeout_s * 1000)) if timeout_s else 0)},
-        )
+        timeout = str(max(1, int(timeout_s * 1000)) if timeout_s else 0)
+        if organization is None:
+            await _LIMITED.execute(connection, timeout=timeout)
+        else:
+            await _BOUND.execute(connection, organization=organization, timeout=timeout)
         return await work(connection)
 
     return bound

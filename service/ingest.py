@@ -36,6 +36,8 @@ log = structlog.get_logger("metering.ingest")
 
 # Two, so that one batch is being prepared while the other waits for the disk. More only wait for each other's cells.
 TRANSACTIONS_MAX = 2
+# Fewer wait for the transaction that runs: together they are one soon, and cost one commit instead of many.
+SECOND_TRANSACTION_EVENTS = 500
 # What waits of one organization: a few transactions' worth.
 QUEUE_EVENTS_MAX = 40_000
 
@@ -113,7 +115,9 @@ class Ingest:
         call = _Call(batch, asyncio.get_running_loop().create_future(), patient)
         queue.calls.append(call)
         queue.events += len(batch.items)
-        if queue.transactions < TRANSACTIONS_MAX:
+        if not queue.transactions or (
+            queue.transactions < TRANSACTIONS_MAX and queue.events >= SECOND_TRANSACTION_EVENTS
+        ):
             queue.transactions += 1
             task = asyncio.create_task(self._drain(organization, queue))
             self._tasks.add(task)

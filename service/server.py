@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import gc
 import os
 import signal
 import stat
@@ -114,7 +115,9 @@ HEALTH_PERIOD_S = 2.0
 _HANDSHAKE_MS = 10_000
 
 
-def _options(load: Load, *, shares_ports: bool) -> list[tuple[str, int]]:
+def grpc_options(load: Load, *, shares_ports: bool = False) -> list[tuple[str, int]]:
+    """Return gRPC's options for a server; `shares_ports` with other processes."""
+
     def milliseconds(time: timedelta) -> int:
         return int(time / timedelta(milliseconds=1))
 
@@ -193,7 +196,7 @@ async def serving(
         *(RequestBytes(load.request_bytes_max) for _ in range(4)),
     )
     interceptor = Interceptor(auth, room, streams, DECODERS)
-    options = _options(load, shares_ports=released is not None)
+    options = grpc_options(load, shares_ports=released is not None)
     server = aio_server([interceptor], options, load.calls_max + load.streams_max)
     _add_services(server, config, database, tokens, ingest, backfill, streams, room.batch_bytes, rate)
     health = HealthService(config.stream_stall)
@@ -283,8 +286,19 @@ async def serve(config: Config, ready: Callable[[Addresses], None], released: as
             if addresses.ended.done():
                 raise CannotServe("gRPC ended by itself, so that no call would be answered any more.")
 
+        _tame_collector()
         ready(addresses)
         await watch(config, stop, check_server, addresses.gateway, postgres)
+
+
+def _tame_collector() -> None:
+    """Keep Python's collector of cycles from walking over what lives as long as the process, again and again.
+
+    What calls leave behind is freed without it; it took a tenth of the time of ingest and a third of a stream's.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
 
 
 def stop_on(*signals: signal.Signals) -> asyncio.Event:

@@ -13,7 +13,7 @@ import grpc
 
 from service.config import Load
 from service.rpc.hardened import aio_server
-from service.server import _options as server_options
+from service.server import grpc_options
 
 SERVICE = "metering.bench.Echo"
 EMPTY = f"/{SERVICE}/Empty"
@@ -37,7 +37,7 @@ async def serve(address: str, ready: Callable[[str], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     load = Load()
-    server = aio_server([], server_options(load), load.calls_max + load.streams_max)
+    server = aio_server([], grpc_options(load), load.calls_max + load.streams_max)
     # Without serializers requests and answers are bytes.
     handlers: dict[str, Any] = {
         "Empty": grpc.unary_unary_rpc_method_handler(_empty),

@@ -102,7 +102,7 @@ class Ground:
             finally:
                 await given.stop()
             return
-        command = [sys.executable, "-m", *module, "--listen", "127.0.0.1:0", *arguments]
+        command = [sys.executable, "-P", "-m", *module, "--listen", "127.0.0.1:0", *arguments]
         package = Path(__file__).parent.parent.parent
         paths = [str(package), str(package / "generated"), os.environ.get("PYTHONPATH", "")]
         environment = {

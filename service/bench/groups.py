@@ -22,7 +22,7 @@ from metering.v1 import event_pb2
 from metering.v1 import usage_record_group_pb2 as pb
 from service.bench import Comparison, Side, Stopwatch, Work, must_be
 from service.bench.ground import CALL_TIMEOUT_S, Ground, Server, Tenant, unary
-from service.bench.ingest import _connections
+from service.bench.ingest import connections
 
 BATCH = 1_000
 PAGE = 1_000
@@ -174,7 +174,7 @@ class _Batches:
         run = secrets.token_hex(4)
         queue = iter([request.replace(_RUN.encode(), run.encode()) for request in self.requests])
         results: list[Any] = []
-        async with _connections(self.server, clients) as channels:
+        async with connections(self.server, clients) as channels:
             watch, metadata = Stopwatch(), self.market.tenant.metadata
 
             async def client(channel: grpc.aio.Channel) -> None:
@@ -317,7 +317,7 @@ class _Lists:
 
     async def calls(self, asked: Sequence[_Asked], callers: int) -> Work:
         """Read pages over the API."""
-        async with _connections(self.server, callers) as channels:
+        async with connections(self.server, callers) as channels:
 
             def page(channel: grpc.aio.Channel) -> Callable[[_Asked], Awaitable[list[str]]]:
                 send = unary(channel, "UsageRecordGroupService/ListUsageRecordGroups", pb.ListUsageRecordGroupsResponse)

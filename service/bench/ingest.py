@@ -122,7 +122,7 @@ def metrics(number: int) -> list[metric_pb.BillableMetric]:
     return described[:number]
 
 
-class _Bench:
+class Bench:
     """One event set on its way in by different ways, each run into an organization of its own."""
 
     def __init__(self, ground: Ground, server: Server, events: Events, metrics_number: int) -> None:
@@ -132,6 +132,7 @@ class _Bench:
         self.metrics = metrics_number
 
     async def tenant(self) -> Tenant:
+        """Make an organization with the metrics."""
         tenant = await self.ground.tenant()
         await create_metrics(self.server, tenant, metrics(self.metrics))
         return tenant
@@ -141,7 +142,7 @@ class _Bench:
         tenant = await self.tenant()
         requests, _ = self.events.of_run()
         answers: list[pb.IngestEventsResponse] = []
-        async with _connections(self.server, clients) as channels:
+        async with connections(self.server, clients) as channels:
             watch, queue = Stopwatch(), iter(requests)
 
             async def client(channel: grpc.aio.Channel) -> None:
@@ -159,7 +160,7 @@ class _Bench:
         tenant = await self.tenant()
         requests, _ = self.events.of_run()
         verdicts: list[int] = []
-        async with _connections(self.server, clients) as channels:
+        async with connections(self.server, clients) as channels:
             shares = [requests[i::clients] for i in range(clients)]
             # A StreamEventsRequest is an IngestEventsRequest with its events in field 2 and a number in field 1.
             numbered = [[_numbered(sequence, request) for sequence, request in enumerate(share, 1)] for share in shares]
@@ -296,7 +297,7 @@ async def batches(ground: Ground, number: int) -> AsyncIterator[Comparison]:
             ("3 metrics, a group per event", many, 3),
             ("3 metrics, 20 % duplicates", draw(number, duplicates=0.2), 3),
         ):
-            bench = _Bench(ground, server, events, count)
+            bench = Bench(ground, server, events, count)
             sides = [
                 Side("IngestEvents, 1 client", functools.partial(bench.calls, 1)),
                 Side("IngestEvents, 4 clients", functools.partial(bench.calls, 4)),
@@ -339,7 +340,8 @@ def _numbered(sequence: int, request: bytes) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def _connections(server: Server, number: int) -> AsyncIterator[list[grpc.aio.Channel]]:
+async def connections(server: Server, number: int) -> AsyncIterator[list[grpc.aio.Channel]]:
+    """Open connections that are ready before the clock runs."""
     channels = [connect(server.address) for _ in range(number)]
     try:
         for channel in channels:

@@ -16,7 +16,7 @@ from metering.v1 import event_pb2
 from metering.v1 import usage_pb2 as pb
 from service.bench import Comparison, Side, Stopwatch, Work, at_least, must_be
 from service.bench.ground import CALL_TIMEOUT_S, Ground, Server, create_customers, unary
-from service.bench.ingest import Events, _Bench, _connections, draw
+from service.bench.ingest import Bench, Events, connections, draw
 
 STREAMS = 8
 CALLERS = 16
@@ -39,7 +39,7 @@ class _Spread(Server):
         return next(self._addresses)
 
 
-class _Load(_Bench):
+class _Load(Bench):
     """What is done to one process or to several: streams of events, and questions about them."""
 
     def __init__(self, ground: Ground, server: Server, events: Events) -> None:
@@ -47,7 +47,7 @@ class _Load(_Bench):
 
     async def queries(self, loaded: "_Loaded", calls: int) -> Work:
         """Ask for a customer's hours of both metrics, all callers at once."""
-        async with _connections(self.server, CALLERS) as channels:
+        async with connections(self.server, CALLERS) as channels:
             watch, queue = Stopwatch(), iter(range(calls))
 
             async def caller(channel: grpc.aio.Channel) -> None:
@@ -70,7 +70,7 @@ class _Loaded:
         self.metadata: tuple[tuple[str, str], ...] = ()
         self.questions: list[tuple[bytes, Decimal]] = []
 
-    async def load(self, bench: _Bench, customers: int) -> None:
+    async def load(self, bench: Bench, customers: int) -> None:
         """Send the events, and prepare a question for each of some customers."""
         tenant = await bench.tenant()
         self.metadata = tenant.metadata

@@ -11,7 +11,7 @@ from metering.v1 import event_pb2 as pb
 from service.bench import Comparison, Side, Stopwatch, Work, at_least, must_be
 from service.bench.echo import EMPTY
 from service.bench.ground import CALL_TIMEOUT_S, Ground, Server, Tenant, unary
-from service.bench.ingest import Events, _Bench, _connections, draw
+from service.bench.ingest import Bench, Events, connections, draw
 
 CALLERS = 100
 CHANNELS = 4
@@ -21,7 +21,7 @@ SERVICE, ECHO, NOTHING = "IngestEvents, 1 event", "echo, same request", "echo, e
 _Caller = Callable[[grpc.aio.Channel, Stopwatch, Iterator[bytes]], Awaitable[None]]
 
 
-class _Small(_Bench):
+class _Small(Bench):
     """Many callers at once, each with one event after the other."""
 
     def __init__(self, ground: Ground, server: Server, echo: Server, events: Events) -> None:
@@ -62,7 +62,7 @@ class _Small(_Bench):
 
 async def _called(server: Server, requests: Sequence[bytes], caller: _Caller) -> Work:
     """Let all callers take from the same requests until there are none left."""
-    async with _connections(server, CHANNELS) as channels:
+    async with connections(server, CHANNELS) as channels:
         watch, queue = Stopwatch(), iter(requests)
         await asyncio.gather(*(caller(channels[i % CHANNELS], watch, queue) for i in range(CALLERS)))
         return Work(len(requests), watch.seconds, watch.waits)

@@ -3,7 +3,7 @@
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import NamedTuple
@@ -95,12 +95,11 @@ class UsageQuery:
         """Whether windows may be left out: those without usage, or without a change."""
         return self.omit_empty or self.updated_since is not None
 
-    def after(self, window: "UsageWindow") -> "Position | None":
-        """Return the position after a window; None after the last possible one."""
-        index = self.windows.index_of(window.start) + 1
-        if index < len(self.windows):
-            return Position(window.customer_id, window.metric.id, index)
-        return Position.after_pair(window.customer_id, window.metric.id)
+    def after(self, customer_id: uuid.UUID, metric_id: uuid.UUID, window: int) -> "Position | None":
+        """Return the position after a window of a pair, by its index; None after the last possible one."""
+        if window + 1 < len(self.windows):
+            return Position(customer_id, metric_id, window + 1)
+        return Position.after_pair(customer_id, metric_id)
 
 
 class Position(NamedTuple):
@@ -176,19 +175,16 @@ class Measures(NamedTuple):
     updated_at: datetime | None
 
 
+# Roughly those of an empty one on the wire, without the metric's name.
 WINDOW_BYTES = 140
 
 
 class UsageWindow(NamedTuple):
-    """The usage of one customer by one metric in `[start, end)`. `value` None = no usage.
+    """What is known of the usage of one customer by one metric in a window. `value` None = no usage.
 
     `groups` is None unless the metric was grouped.
     """
 
-    customer_id: uuid.UUID
-    metric: BillableMetric
-    start: datetime
-    end: datetime
     value: str | None = None
     groups: Mapping[str, str | None] | None = None
     groups_truncated: bool = False
@@ -197,11 +193,57 @@ class UsageWindow(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Roughly how many bytes the window takes on the wire."""
-        size = WINDOW_BYTES + 4 * len(self.metric.name) + len(self.value or "")
+        """Roughly how many bytes this takes on the wire, beyond an empty window."""
+        size = len(self.value or "")
         if self.groups:
             size += sum(12 + 4 * len(key) + len(value or "") for key, value in self.groups.items())
         return size
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRun:
+    """Some windows of one customer and metric, in order: those at `positions` in `bounds`.
+
+    What is not in `filled` (by position) is empty. Of a long range most windows are, so an empty one must cost nearly
+    nothing. Positions are all from 0 on, or exactly those filled. `first` is the index of `bounds[0]` among the windows
+    of the query.
+    """
+
+    customer_id: uuid.UUID
+    metric: BillableMetric
+    bounds: Sequence[tuple[datetime, datetime]]
+    first: int
+    filled: Mapping[int, UsageWindow]
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def index(self, i: int) -> int:
+        """Return the index of the i-th window of the run among those of the query."""
+        return self.first + self.positions[i]
+
+    def fitting(self, count: int, size: int) -> tuple[int, int]:
+        """Return how many windows, from the first on, are at most `count` and about `size` bytes, and their bytes."""
+        empty = WINDOW_BYTES + 4 * len(self.metric.name)
+        most, more = max(0, min(count, len(self))), 0
+        filled = enumerate(self.filled.values()) if len(self.filled) == len(self) else self.filled.items()
+        for i, window in filled:
+            if i >= most:
+                break
+            if (i + 1) * empty + more + window.size > size:
+                most = i
+                break
+            more += window.size
+        most = max(0, min(most, (size - more) // empty))
+        return most, most * empty + more
+
+    def cut(self, count: int) -> "UsageRun":
+        """Return the run with its first windows only."""
+        positions = self.positions[:count]
+        last = positions[-1] if positions else -1
+        filled = {position: window for position, window in self.filled.items() if position <= last}
+        return replace(self, positions=positions, filled=filled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +275,7 @@ class GroupedPage(NamedTuple):
 class UsagePage(NamedTuple):
     """Windows in the order of (customer id, metric id, start), and where the next page begins; None = the end."""
 
-    windows: Sequence[UsageWindow]
+    runs: Sequence[UsageRun]
     following: Position | None
 
 

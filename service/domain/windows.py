@@ -9,7 +9,7 @@ import functools
 import io
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from importlib import resources
@@ -190,16 +190,17 @@ class Windows:
             return (self.end - self.start) // _HOUR
         return self._days[1] - self._days[0]
 
-    def slice(self, index: int, count: int) -> list[tuple[datetime, datetime]]:
+    def slice(self, index: int, count: int) -> Sequence[tuple[datetime, datetime]]:
         """Windows `index` up to, not including, `index + count`, as far as they exist, as (start, end).
 
         Costs in proportion to `count`, wherever it starts. Raises ValueError for a negative argument.
         """
+        # The same few ranges are asked for again and again, of one customer after the other.
         if count <= _KEPT_SLICE_MAX:
             return _kept_slice(self, index, count)
         return self._slice(index, count)
 
-    def _slice(self, index: int, count: int) -> list[tuple[datetime, datetime]]:
+    def _slice(self, index: int, count: int) -> Sequence[tuple[datetime, datetime]]:
         if index < 0 or count < 0:
             raise ValueError("index and count must not be negative")
         stop = min(index + count, len(self))
@@ -229,7 +230,7 @@ _KEPT_SLICE_MAX = 1_000
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_slice(windows: Windows, index: int, count: int) -> list[tuple[datetime, datetime]]:
+def _kept_slice(windows: Windows, index: int, count: int) -> Sequence[tuple[datetime, datetime]]:
     return windows._slice(index, count)
 
 

@@ -149,6 +149,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self._auth = auth
         self._room = room
         self._streams = streams
+        self._wrapped: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
@@ -156,10 +157,17 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
         """Return the method's handler, wrapped."""
-        handler = await continuation(handler_call_details)
         method = handler_call_details.method
+        if (wrapped := self._wrapped.get(method)) is not None:
+            return wrapped
+        handler = await continuation(handler_call_details)
         if handler is None or method.split("/")[1] in PUBLIC_SERVICES:
             return handler
+        # There are as many methods as we have; paths that are none never come here.
+        self._wrapped[method] = self._wrap(method, handler)
+        return self._wrapped[method]
+
+    def _wrap(self, method: str, handler: "Handler") -> "Handler":
         # Requests are decoded by us, once we know who calls and that there is room. gRPC would do it first, and answer
         # bytes that do not decode with UNKNOWN and the name of a Python class.
         decode = self._decoders.get(method, handler.request_deserializer)

@@ -1,7 +1,9 @@
 """The RPCs of UsageService."""
 
 import asyncio
+import bisect
 import functools
+import itertools
 import time
 import uuid
 from collections import deque
@@ -128,7 +130,10 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         token = ""
         if part.following is not None:
             token = await self._tokens.encode(query_scope, _state(part.following, moment))
-        return _answer(response, part.messages, next_page_token=token, next_updated_since=timestamp(moment.watermark))
+        answer: M = _answer(
+            response, part.messages, next_page_token=token, next_updated_since=timestamp(moment.watermark)
+        )
+        return answer
 
     async def _messages(
         self,
@@ -206,11 +211,15 @@ async def _windows(database: Database, org: str, query: UsageQuery, wanted: _Ext
         customer_id, metric_id, window = position
         return {"customer": customer_id.hex, "metric": metric_id.hex, "window": window}
 
-    return _Part(
-        await in_slices(wire.WindowWriter(wanted.read_time).write, page.windows),
-        lambda i: place_of(query.after(page.windows[i])),
-        place_of(page.following),
-    )
+    ends = list(itertools.accumulate(map(len, page.runs)))
+
+    def after(i: int) -> Place | None:
+        number = bisect.bisect_right(ends, i)
+        run = page.runs[number]
+        return place_of(query.after(run.customer_id, run.metric.id, run.index(i - ends[number] + len(run))))
+
+    written = await in_slices(wire.WindowWriter(wanted.read_time).write, page.runs)
+    return _Part(list(itertools.chain.from_iterable(written)), after, place_of(page.following))
 
 
 async def _grouped_windows(database: Database, org: str, query: GroupedQuery, wanted: _Extent) -> _Part:

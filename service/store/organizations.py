@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.roles import Role
+from service.store.compiled import Compiled
 from service.store.tables import api_keys, organizations, page_token_keys
 
 DEFAULT_ORGANIZATION = "default"
@@ -41,7 +42,7 @@ class PageTokenKey(NamedTuple):
 
 async def lock_shared(connection: AsyncConnection, organization: str) -> None:
     """Hold off changes of the organization's metrics until this transaction ends. Writers of events take it first."""
-    await connection.execute(sa.select(sa.func.pg_advisory_xact_lock_shared(_lock(organization))))
+    await _LOCK_SHARED.execute(connection, organization=organization)
 
 
 async def lock_exclusive(connection: AsyncConnection, organization: str) -> None:
@@ -55,8 +56,7 @@ async def catalog_version(connection: AsyncConnection, organization: str) -> int
     To be trusted it must be read under the lock, in a statement after the one that took it: a statement sees the
     commits made before it began, and the lock may have waited for one.
     """
-    query = sa.select(organizations.c.catalog_version).where(organizations.c.id == organization)
-    version: int = (await connection.execute(query)).scalar_one()
+    version: int = (await _CATALOG_VERSION.execute(connection, organization=organization)).scalar_one()
     return version
 
 
@@ -149,9 +149,14 @@ async def _page_token_keys(connection: AsyncConnection) -> "list[sa.Row[tuple[in
     return list((await connection.execute(query)).all())
 
 
-def _lock(organization: str) -> sa.ColumnElement[int]:
+def _lock(organization: str | sa.BindParameter[str]) -> sa.ColumnElement[int]:
     return sa.func.hashtextextended(sa.cast(organization, sa.Text), _LOCK_SEED)
 
+
+_ORGANIZATION = sa.bindparam("organization", type_=sa.Text)
+# Every batch of events sends these.
+_LOCK_SHARED = Compiled(sa.select(sa.func.pg_advisory_xact_lock_shared(_lock(_ORGANIZATION))))
+_CATALOG_VERSION = Compiled(sa.select(organizations.c.catalog_version).where(organizations.c.id == _ORGANIZATION))
 
 _API_KEYS = sa.select(
     api_keys.c.id,

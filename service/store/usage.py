@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -23,6 +23,7 @@ from service.domain.usage import (
     Position,
     UsagePage,
     UsageQuery,
+    UsageRun,
     UsageWindow,
     changed_at,
     check_groups,
@@ -74,9 +75,9 @@ async def usage_page(
     """
     metrics = await _selected(connection, organization, query, first_page=begin is None)
     reader = _Reader(connection, organization, query, {one.metric.id: one for one in metrics})
-    windows: list[UsageWindow] = []
-    size = 0
+    page = _Page(limit, bytes_max)
     number = len(query.windows)
+    least = WINDOW_BYTES + 4 * min((len(one.metric.name) for one in metrics), default=0)
     position = begin
     found = Pairs((), begin)
     pairs: Sequence[Pair] = ()
@@ -87,36 +88,31 @@ async def usage_page(
             found = await reader.pairs(position)
             pairs = found.pairs
         if not pairs and found.following is None:
-            return UsagePage(windows, None)
+            return UsagePage(page.runs, None)
         if not pairs:
             position = found.following
-        # A statement for the few that still fit would cost more than they do in the next page.
-        full = len(windows) >= limit or (len(windows) > 0 and size >= bytes_max * 7 // 8)
-        if full or (position != begin and clock() > late):
-            return UsagePage(windows, position)
+        if page.is_nearly_full or (position != begin and clock() > late):
+            return UsagePage(page.runs, position)
         if not pairs:
             continue
         first = position.window if position and pairs[0] == (position.customer_id, position.metric_id) else 0
         # What does not fit would be made for nothing.
-        fit = (bytes_max - size) // (WINDOW_BYTES + 4 * len(metrics[0].metric.name)) + 1 if len(metrics) == 1 else limit
-        chunk, count = reader.slice(pairs, first, min(fit, limit - len(windows)))
+        chunk, count = reader.slice(pairs, first, page.room(least))
         if query.sparse and count < number:
             # One pair, more windows than one statement takes: leap over those that are empty for certain.
             used = await reader.next_used(chunk[0], query.windows.slice(first, 1)[0][0])
             first = number if used is None else query.windows.index_of(used)
             count = min(count, number - first)
-        for pair, index, window in await reader.windows(chunk, query.windows.slice(first, count), first):
-            if len(windows) >= limit or (windows and size + window.size > bytes_max):
-                return UsagePage(windows, Position(*pair, index))
-            windows.append(window)
-            size += window.size
+        for run in await reader.runs(chunk, query.windows.slice(first, count), first):
+            if (fits := page.add(run)) < len(run):
+                return UsagePage(page.runs, Position(run.customer_id, run.metric.id, run.index(fits)))
         if first + count < number:
             position = Position(*chunk[0], first + count)
         else:
             pairs = pairs[len(chunk) :]
             position = Position.after_pair(*chunk[-1]) if pairs else found.following
             if position is None:
-                return UsagePage(windows, None)
+                return UsagePage(page.runs, None)
 
 
 async def watermark(connection: AsyncConnection) -> datetime:
@@ -168,6 +164,37 @@ def require_backfilled(metrics: Sequence[BillableMetric]) -> None:
             metadata={"ids": named, "progress": f"{progress:.2f}"},
             retry_after_s=1,
         )
+
+
+class _Page:
+    """The windows of a page on its way: up to `limit`, and about `bytes_max` bytes, but one whatever its size."""
+
+    def __init__(self, limit: int, bytes_max: int) -> None:
+        self.runs: list[UsageRun] = []
+        self.taken = 0
+        self.size = 0
+        self._limit = limit
+        self._bytes_max = bytes_max
+
+    @property
+    def is_nearly_full(self) -> bool:
+        """Whether a statement for what still fits would cost more than that does in the next page."""
+        return self.taken >= self._limit or (self.taken > 0 and self.size >= self._bytes_max * 7 // 8)
+
+    def room(self, size: int) -> int:
+        """Return how many windows of at least this size could still be taken."""
+        return min(self._limit - self.taken, (self._bytes_max - self.size) // size + 1)
+
+    def add(self, run: UsageRun) -> int:
+        """Take as many windows of a run as fit, from its first on; returns their number."""
+        fits, size = run.fitting(self._limit - self.taken, self._bytes_max - self.size)
+        if not fits and not self.taken:
+            fits = 1
+        if fits:
+            self.runs.append(run if fits == len(run) else run.cut(fits))
+            self.taken += fits
+            self.size += size
+        return fits
 
 
 class Pairs(NamedTuple):
@@ -236,68 +263,61 @@ class _Reader:
         found: datetime | None = (await self._execute(statement))[0][0]
         return None if found is None else max(found, instant)
 
-    async def windows(self, pairs: Sequence[Pair], bounds: Bounds, first: int) -> list[tuple[Pair, int, UsageWindow]]:
-        """Return the windows of these pairs within these bounds, in order; `first` is the index of the first bound."""
+    async def runs(self, pairs: Sequence[Pair], bounds: Bounds, first: int) -> list[UsageRun]:
+        """Return the windows of each of these pairs within these bounds; `first` is the index of the first bound.
+
+        Pairs without any are left out.
+        """
         if not bounds:
             return []
         measures = await self._measures(pairs, bounds)
         groups = await self._groups(pairs, bounds)
+        query, nothing = self.query, dict[int, Measures]()
         found = []
-        sparse, nothing = self.query.sparse, {}
         for pair in pairs:
             selected = self.metrics[pair.metric_id]
-            metric, customer_id = selected.metric, pair.customer_id
-            grouped = selected.group_by is not None
-            own = measures.get(pair, nothing)
-            for i, (start, end) in enumerate(bounds):
-                total = own.get(i)
-                if total is None:
-                    if sparse:
-                        continue
-                    if not grouped:
-                        found.append((pair, first + i, UsageWindow(customer_id, metric, start, end)))
-                        continue
-                if self.query.omit_empty and total and not (total.counted or total.skipped):
+            metric, own = selected.metric, measures.get(pair, nothing)
+            # An empty window with groups still shows those that were asked for.
+            positions = range(len(bounds)) if selected.group_by and not query.sparse else sorted(own)
+            filled = {}
+            for i in positions:
+                total = own.get(i, NOTHING)
+                if query.omit_empty and not (total.counted or total.skipped):
                     continue
                 values, truncated = _group_map(selected, groups.get((pair, i), {}))
-                total = total or NOTHING
-                window = UsageWindow(
-                    customer_id=pair.customer_id,
-                    metric=selected.metric,
-                    start=start,
-                    end=end,
-                    value=value(selected.metric.aggregation, total),
-                    groups=values,
-                    groups_truncated=truncated,
-                    skipped=total.skipped,
-                    updated_at=changed_at(selected.metric, total.updated_at),
-                )
-                found.append((pair, first + i, window))
+                updated_at = changed_at(metric, total.updated_at)
+                filled[i] = UsageWindow(value(metric.aggregation, total), values, truncated, total.skipped, updated_at)
+            shown = list(filled) if query.sparse else range(len(bounds))
+            if shown:
+                found.append(UsageRun(pair.customer_id, metric, bounds, first, filled, shown))
         return found
 
     async def _measures(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[Pair, dict[int, Measures]]:
         """Return the measures of every window with anything behind it, by pair and position in `bounds`."""
         metrics = [self.metrics[metric_id].metric for metric_id in sorted({pair.metric_id for pair in pairs})]
-        whole = None
-        if self.query.updated_since is None:
-            whole = usage_sql.whole_totals(metrics, pairs, bounds)
+        whole = None if self.query.updated_since else usage_sql.whole_totals(metrics, pairs, bounds)
+        rows: Sequence[Any]
         if whole is not None:
             statement, values = whole
-            rows = (await statement.execute(self.connection, organization=self.organization, **values)).all()
+            result = await statement.execute(self.connection, organization=self.organization, **values)
+            rows = cast(Sequence[Any], result.all())
         else:
             rows = await self._execute(usage_sql.totals(metrics, pairs, bounds, self.query.updated_since))
         found: dict[Pair, dict[int, Measures]] = {}
-        before: Any = (None, None)
+        last: Any = None
+        own: dict[int, Measures] = {}
         for row in rows:
-            if row[0] != before[0] or row[1] != before[1]:
-                before = Pair(row[0], row[1])
-                own = found.setdefault(before, {})
+            if row[:2] != last:
+                # Rows of a pair mostly come together; to look it up for each would hash two ids each time.
+                last = row[:2]
+                own = found.setdefault(Pair(*last), {})
             own[row[2]] = Measures._make(row[3:])
         distinct = usage_sql.distinct_totals(metrics, pairs, bounds)
-        for row in await self._execute(distinct) if distinct is not None else ():
-            own = found.get(Pair(row[0], row[1]), {})
-            if row[2] in own:  # else the window did not change since the query's instant
-                own[row[2]] = own[row[2]]._replace(counted=row[3])
+        different: Sequence[Any] = await self._execute(distinct) if distinct is not None else ()
+        for customer_id, metric_id, window, number in different:
+            own = found.get(Pair(customer_id, metric_id), {})
+            if window in own:  # else the window did not change since the query's instant
+                own[window] = own[window]._replace(counted=number)
         return found
 
     async def _groups(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[tuple[Pair, int], dict[str, Measures]]:

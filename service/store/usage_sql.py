@@ -149,7 +149,9 @@ def totals(
     )
 
 
-def whole_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> tuple[str, Any] | None:
+def whole_totals(
+    metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds
+) -> tuple[Compiled, dict[str, Any]] | None:
     """Return the statement of `totals`, and what it is given, from those worked out once; None where it is not one.
 
     Windows that cut no cell, whatever their number and pairs, are asked for by one statement; making it and its key

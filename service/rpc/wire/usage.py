@@ -111,41 +111,56 @@ class WindowWriter:
 
     def __init__(self, read_time: datetime) -> None:
         self._read_time = read_time
-        self._bounds: dict[datetime, bytes] = {}
-        self._frames: dict[int, bytes] = {}
-        self._customer_id: object = None
-        self._metric: object = None
+        self._spans: object = None
+        self._bounds: list[bytes] = []
 
-    def write(self, window: usage.UsageWindow) -> bytes:
-        """Return a window in bytes."""
-        customer_id, metric, start, end, value, groups, truncated, skipped, updated_at = window
-        if customer_id is not self._customer_id or metric is not self._metric:
-            self._customer_id, self._metric = customer_id, metric
-            self._head = usage_pb2.UsageWindow(
-                customer_id=str(customer_id), billable_metric_id=str(metric.id), billable_metric_name=metric.name
-            ).SerializeToString()
-            self._frames = {}
-        bounds = self._bounds.get(start)
-        if bounds is None:
-            bounds = _bounds(start, end)
-            if end > self._read_time:
-                bounds += _INCOMPLETE
-            self._bounds[start] = bounds
-        if updated_at is None and groups is None and not skipped and value is None:
-            frame = self._frames.get(len(bounds))
-            if frame is None:
-                frame = self._frames[len(bounds)] = b"\n" + _varint(len(self._head) + len(bounds)) + self._head
-            return frame + bounds
-        rest = usage_pb2.UsageWindow(
-            value=value, groups_truncated=truncated, skipped_count=skipped, update_time=timestamp(updated_at)
-        )
-        for name, group in (groups or {}).items():
-            rest.groups[name].CopyFrom(usage_pb2.GroupValue(value=group))
-        body = self._head + bounds + rest.SerializeToString()
-        return b"\n" + _varint(len(body)) + body
+    def write(self, run: usage.UsageRun) -> list[bytes]:
+        """Return each window of the run in bytes."""
+        if run.bounds is not self._spans:
+            self._spans, read_time = run.bounds, self._read_time
+            self._bounds = [
+                _bounds(start, end) if end <= read_time else _bounds(start, end) + _INCOMPLETE
+                for start, end in run.bounds
+            ]
+        head = usage_pb2.UsageWindow(
+            customer_id=str(run.customer_id),
+            billable_metric_id=str(run.metric.id),
+            billable_metric_name=run.metric.name,
+        ).SerializeToString()
+        bounds = self._bounds
+        if len(run.filled) == len(run):
+            return [_item(head + bounds[position] + _known(run.filled[position])) for position in run.positions]
+        # All from the first on, most of them empty.
+        bounds = bounds[: len(run)]
+        empty = {size: b"\n" + _varint(len(head) + size) + head for size in set(map(len, bounds))}
+        found = [empty[len(one)] + one for one in bounds]
+        for position, window in run.filled.items():
+            found[position] = _item(head + bounds[position] + _known(window))
+        return found
+
+
+def _known(window: usage.UsageWindow) -> bytes:
+    text, groups, truncated, skipped, updated_at = window
+    if text is not None and len(text) < 128 and not (groups or truncated or skipped):  # of one byte's length
+        return _VALUE + bytes((len(text),)) + text.encode() + _update_time(updated_at)
+    known = usage_pb2.UsageWindow(value=text, groups_truncated=truncated, skipped_count=skipped)
+    for name, group in (groups or {}).items():
+        known.groups[name].CopyFrom(usage_pb2.GroupValue(value=group))
+    return known.SerializeToString() + _update_time(updated_at)
+
+
+@functools.lru_cache(maxsize=1_000)
+def _update_time(updated_at: datetime | None) -> bytes:
+    return usage_pb2.UsageWindow(update_time=timestamp(updated_at)).SerializeToString()
+
+
+def _item(body: bytes) -> bytes:
+    return b"\n" + _varint(len(body)) + body
 
 
 _INCOMPLETE = usage_pb2.UsageWindow(incomplete=True).SerializeToString()
+# The tag of the field; what follows is the length, and the text.
+_VALUE = usage_pb2.UsageWindow(value="").SerializeToString()[:-1]
 
 
 @functools.lru_cache(maxsize=20_000)
@@ -160,25 +175,6 @@ def _varint(number: int) -> bytes:
         number >>= 7
     found.append(number)
     return bytes(found)
-
-
-def usage_window(value: usage.UsageWindow, read_time: datetime) -> usage_pb2.UsageWindow:
-    """Write a window as it stood at `read_time`."""
-    message = usage_pb2.UsageWindow(
-        customer_id=str(value.customer_id),
-        billable_metric_id=str(value.metric.id),
-        billable_metric_name=value.metric.name,
-        starting_on=timestamp(value.start),
-        ending_before=timestamp(value.end),
-        value=value.value,
-        groups_truncated=value.groups_truncated,
-        incomplete=value.end > read_time,
-        skipped_count=value.skipped,
-        update_time=timestamp(value.updated_at),
-    )
-    for name, group in (value.groups or {}).items():
-        message.groups[name].CopyFrom(usage_pb2.GroupValue(value=group))
-    return message
 
 
 def _windows(
