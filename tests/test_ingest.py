@@ -110,8 +110,8 @@ async def full_queue(
     """Hold the organization's writers off while the block runs: calls that come now will share one transaction."""
     async with database.engine.begin() as connection:
         await organizations.lock_exclusive(connection, "default")
-        # As many as transactions run at a time; they wait for the lock, and all later calls wait for them.
-        first = await arrivals.start(client.ingest(event("first")), client.ingest(event("second")))
+        # It waits for the lock, and all later calls, which are small, wait for it.
+        first = await arrivals.start(client.ingest(event("first")))
         yield first
     await asyncio.gather(*first)
 
@@ -254,7 +254,7 @@ async def test_only_the_poisoned_caller_fails(
         calls = await arrivals.start(*(client.ingest(event(name), event(f"{name}2")) for name in names))
     await asyncio.wait(calls)
     # The one transaction that was shared, then every caller on its own.
-    assert sizes == [1, 1, 10, 2, 2, 2, 2, 2]
+    assert sizes == [1, 10, 2, 2, 2, 2, 2]
     for name, call in zip(names, calls, strict=True):
         if name == "poison":
             fault = await fault_of(call)
@@ -296,7 +296,7 @@ async def test_an_all_or_nothing_call_shares_with_nobody(
     assert list((await calls[3]).verdicts) == [ACCEPTED, DUPLICATE]
     assert list((await calls[4]).verdicts) == [ACCEPTED, CONFLICT]
     assert (await fault_of(calls[1])).brief == ("INVALID_ARGUMENT", "FIELD_REQUIRED", "events[1].customer_id")
-    assert await stored_ids(database) == ["a", "c", "d", "e", "first", "second"]
+    assert await stored_ids(database) == ["a", "c", "d", "e", "first"]
 
 
 async def test_a_caller_that_leaves_the_queue_leaves_nothing(
@@ -310,7 +310,30 @@ async def test_a_caller_that_leaves_the_queue_leaves_nothing(
             await calls[1]
         await _cancellation_seen(client)
     assert list((await calls[0]).verdicts) == list((await calls[2]).verdicts) == [ACCEPTED]
-    assert await stored_ids(database) == ["a", "c", "first", "second"]
+    assert await stored_ids(database) == ["a", "c", "first"]
+
+
+@pytest.mark.parametrize(("events", "transactions"), [(499, 1), (500, 2)])
+async def test_a_second_transaction_is_for_many_events(
+    client: Client, database: Database, arrivals: Arrivals, events: int, transactions: int
+) -> None:
+    """Few events wait for the transaction that runs; many begin one of their own beside it."""
+    writing = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
+    )
+    async with full_queue(client, database, arrivals):
+        (call,) = await arrivals.start(client.ingest(*(event(f"e{i}") for i in range(events))))
+        await _cancellation_seen(client)
+        async with database.engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            for _ in range(20):
+                found = (await connection.execute(writing)).scalar_one()
+                assert found <= transactions
+                if found == transactions > 1:
+                    break
+                await asyncio.sleep(0.02)
+        assert found == transactions
+    assert set((await call).verdicts) == {ACCEPTED}
 
 
 async def _cancellation_seen(client: Client) -> None:

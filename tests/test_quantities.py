@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.domain.quantities import INTEGER_MAX, NotExact, average, from_double, plain
+from service.domain.quantities import INTEGER_MAX, NotExact, average, from_double, plain, short
 
 PLAIN = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*[1-9])?")
 ROOMY = Context(prec=10_000, rounding=ROUND_HALF_EVEN)
@@ -21,6 +21,16 @@ HUGE = st.builds(
     st.integers(min_value=-(10**900), max_value=10**900),
     st.integers(0, 18),
 )
+
+
+@given(value=st.floats() | st.integers(-(10**17), 10**17).map(float))
+@example(value=-0.0)
+@example(value=float(INTEGER_MAX))
+@example(value=float(INTEGER_MAX + 1))
+def test_the_short_way_agrees_with_the_long_one(value: float) -> None:
+    """Where the short way to print a double answers at all, its answer is that of the long way."""
+    if text := short(value):
+        assert text == from_double(value)
 
 
 @pytest.mark.parametrize(

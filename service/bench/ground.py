@@ -232,12 +232,13 @@ async def create_metrics(
 async def create_customers(server: Server, tenant: Tenant, keys: Sequence[str]) -> list[str]:
     """Create a customer for every key, and return their ids in the order of the keys."""
     create = unary(server.channel, "CustomerService/CreateCustomer", customer_pb.CreateCustomerResponse)
-    ids = []
-    for key in keys:
+
+    async def made(key: str) -> str:
         request = customer_pb.CreateCustomerRequest(customer=customer_pb.Customer(name=key, ingest_aliases=[key]))
         answer = await create(request.SerializeToString(), metadata=tenant.metadata, timeout=CALL_TIMEOUT_S)
-        ids.append(answer.customer.id)
-    return ids
+        return str(answer.customer.id)
+
+    return await asyncio.gather(*map(made, keys))
 
 
 async def machine(ground: Ground) -> dict[str, str]:

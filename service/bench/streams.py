@@ -17,6 +17,7 @@ from service.bench.ground import CALL_TIMEOUT_S, Ground, Server
 from service.bench.usage import CUSTOMERS, START, Loaded, load
 
 WINDOWS = 10**6
+# Most that the windows are made of; ten windows for each event at least.
 EVENTS = 10**5
 SLOW_CLIENTS = 50
 SLOW_S = 10.0
@@ -167,7 +168,7 @@ async def streams(
     from service.bench.echo import REPLAY  # it takes `replay_handler` from here
 
     async with ground.server() as server, ground.server(module=("service.bench.echo",)) as echo:
-        loaded = await load(ground, server, EVENTS, progress, ["COUNT"])
+        loaded = await load(ground, server, min(EVENTS, max(1_000, windows // 10)), progress, ["COUNT"])
         streamed = _Streamed(server, loaded, windows)
         progress("stream: reading the messages that the limit sends")
         await streamed.service()
