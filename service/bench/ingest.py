@@ -30,7 +30,7 @@ from service.store.tables import incoming_events
 
 BATCH = 1_000
 CUSTOMERS = 500
-STREAM_UNANSWERED = 4
+STREAM_UNANSWERED = 8
 # Stands for the part of every transaction id that each run replaces; as long as what takes its place.
 _RUN = "########"
 _COLUMNS = ("organization_id", *event_store.INCOMING)

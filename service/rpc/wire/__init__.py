@@ -23,8 +23,9 @@ from service.errors import InvalidArgument, Reason, Violation
 T = TypeVar("T")
 R = TypeVar("R")
 
-# How long one call may keep the event loop from the others.
-_SLICE_S = 0.01
+# How long one call may keep the event loop from the others, and from the transactions under way, which wait for it at
+# each of their steps.
+_SLICE_S = 0.002
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
