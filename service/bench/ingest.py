@@ -312,8 +312,9 @@ async def batches(ground: Ground, number: int) -> AsyncIterator[Comparison]:
                     for connections, size in ((1, 1_000), (2, 1_000), (4, 1_000), (2, 5_000))
                 ),
             ]
-            of_statements = 0.60 if count < 3 else 0.55
-            targets = [at_least_of_best("StreamEvents, 4 clients", "statements", of_statements)]
+            # Of one metric nothing was set out: Postgres has so little to do then that reading the events is most of it.
+            share = {2: 0.60, 3: 0.55}.get(count)
+            targets = [] if share is None else [at_least_of_best("StreamEvents, 4 clients", "statements", share)]
             if count == 2:
                 targets += [
                     at_least("StreamEvents, 4 clients", "COPY", 0.40),
