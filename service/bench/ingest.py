@@ -312,7 +312,7 @@ async def batches(ground: Ground, number: int) -> AsyncIterator[Comparison]:
                     for connections, size in ((1, 1_000), (2, 1_000), (4, 1_000), (2, 5_000))
                 ),
             ]
-            # Of one metric nothing was set out: Postgres has so little to do then that reading the events is most of it.
+            # None for one metric: Postgres has so little to do then that reading the events is most of it.
             share = {2: 0.60, 3: 0.55}.get(count)
             targets = [] if share is None else [at_least_of_best("StreamEvents, 4 clients", "statements", share)]
             if count == 2:
