@@ -11,6 +11,7 @@ from service.domain.metrics import Aggregation, BillableMetric
 from service.domain.usage import WINDOW_BYTES, UsageRun, UsageWindow
 from service.rpc.wire import timestamp
 from service.rpc.wire.usage import WindowWriter
+from service.store.usage import Page
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 METRIC = BillableMetric(uuid.UUID(int=7), "Größe", Aggregation.SUM, aggregation_key="q")
@@ -48,6 +49,23 @@ def test_as_many_fit_as_their_sizes_add_up_to(run: UsageRun, count: int, size: i
     """The most windows from the first on whose sizes stay within the bytes and whose number within the count."""
     expected = max(n for n in range(len(run) + 1) if n == 0 or (n <= count and sum(sizes(run)[:n]) <= size))
     assert run.fitting(count, size) == (expected, sum(sizes(run)[:expected]))
+
+
+@given(some=st.lists(runs(), min_size=1, max_size=4), limit=st.integers(1, 20), bytes_max=st.integers(1, 3_000))
+def test_a_page_holds_what_fits_and_one_at_least(some: list[UsageRun], limit: int, bytes_max: int) -> None:
+    """A page takes windows until the next would be too many or too much; the first whatever its size, which counts."""
+    page = Page(limit, bytes_max)
+    taken = []
+    for run in some:
+        taken.append(page.add(run))
+        if taken[-1] < len(run):
+            break
+    every = [size for run in some for size in sizes(run)]
+    expected = 1
+    while expected < min(limit, len(every)) and sum(every[: expected + 1]) <= bytes_max:
+        expected += 1
+    assert (sum(taken), page.taken, page.size) == (expected, expected, sum(every[:expected]))
+    assert sum(map(len, page.runs)) == expected
 
 
 @given(run=runs(), count=st.integers(0, 9))

@@ -4,6 +4,7 @@ What is asked of Postgres for that is in `usage_sql`.
 """
 
 import asyncio
+import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ async def usage_page(
     """
     metrics = await _selected(connection, organization, query, first_page=begin is None)
     reader = _Reader(connection, organization, query, {one.metric.id: one for one in metrics})
-    page = _Page(limit, bytes_max)
+    page = Page(limit, bytes_max)
     number = len(query.windows)
     least = WINDOW_BYTES + 4 * min((len(one.metric.name) for one in metrics), default=0)
     position = begin
@@ -166,7 +167,7 @@ def require_backfilled(metrics: Sequence[BillableMetric]) -> None:
         )
 
 
-class _Page:
+class Page:
     """The windows of a page on its way: up to `limit`, and about `bytes_max` bytes, but one whatever its size."""
 
     def __init__(self, limit: int, bytes_max: int) -> None:
@@ -189,7 +190,7 @@ class _Page:
         """Take as many windows of a run as fit, from its first on; returns their number."""
         fits, size = run.fitting(self._limit - self.taken, self._bytes_max - self.size)
         if not fits and not self.taken:
-            fits = 1
+            fits, size = run.fitting(1, sys.maxsize)
         if fits:
             self.runs.append(run if fits == len(run) else run.cut(fits))
             self.taken += fits
