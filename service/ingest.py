@@ -36,7 +36,8 @@ log = structlog.get_logger("metering.ingest")
 
 # Two, so that one batch is being prepared while the other waits for the disk. More only wait for each other's cells.
 TRANSACTIONS_MAX = 2
-# Fewer wait for the transaction that runs: together they are one soon, and cost one commit instead of many.
+# Fewer wait for the transaction that runs: together they are one soon, and cost one commit instead of many. What is all
+# or nothing is never together with others, and does not wait.
 SECOND_TRANSACTION_EVENTS = 500
 # What waits of one organization: a few transactions' worth.
 QUEUE_EVENTS_MAX = 40_000
@@ -115,9 +116,8 @@ class Ingest:
         call = _Call(batch, asyncio.get_running_loop().create_future(), patient)
         queue.calls.append(call)
         queue.events += len(batch.items)
-        if not queue.transactions or (
-            queue.transactions < TRANSACTIONS_MAX and queue.events >= SECOND_TRANSACTION_EVENTS
-        ):
+        is_due = batch.all_or_nothing or queue.events >= SECOND_TRANSACTION_EVENTS
+        if not queue.transactions or (queue.transactions < TRANSACTIONS_MAX and is_due):
             queue.transactions += 1
             task = asyncio.create_task(self._drain(organization, queue))
             self._tasks.add(task)

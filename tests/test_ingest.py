@@ -21,11 +21,14 @@ from conftest import FAST, Client, event, running_server, start_server, timestam
 from faults import fault_of, read_fault, until
 from google.protobuf.struct_pb2 import Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy.dialects.postgresql import insert
 
 from metering.v1 import customer_pb2, error_reason_pb2, event_pb2
 from service.config import Config
 from service.database import POOL_SIZE, Database
+from service.domain import checks
 from service.domain import events as domain
 from service.domain.events import TimeLimits
 from service.errors import InvalidArgument
@@ -313,16 +316,17 @@ async def test_a_caller_that_leaves_the_queue_leaves_nothing(
     assert await stored_ids(database) == ["a", "c", "first"]
 
 
-@pytest.mark.parametrize(("events", "transactions"), [(499, 1), (500, 2)])
-async def test_a_second_transaction_is_for_many_events(
-    client: Client, database: Database, arrivals: Arrivals, events: int, transactions: int
+@pytest.mark.parametrize(("events", "all_or_nothing", "transactions"), [(499, False, 1), (500, False, 2), (1, True, 2)])
+async def test_when_a_second_transaction_begins(
+    client: Client, database: Database, arrivals: Arrivals, events: int, all_or_nothing: bool, transactions: int
 ) -> None:
-    """Few events wait for the transaction that runs; many begin one of their own beside it."""
+    """Few events wait for the transaction that runs; many, or what can share with nobody, begin one beside it."""
     writing = sa.text(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
     )
     async with full_queue(client, database, arrivals):
-        (call,) = await arrivals.start(client.ingest(*(event(f"e{i}") for i in range(events))))
+        sent = client.ingest(*(event(f"e{i}") for i in range(events)), all_or_nothing=all_or_nothing)
+        (call,) = await arrivals.start(sent)
         await _cancellation_seen(client)
         async with database.engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -339,6 +343,26 @@ async def test_a_second_transaction_is_for_many_events(
 async def _cancellation_seen(client: Client) -> None:
     # Frames of one connection are handled in order: once a later call is answered, the cancellation was seen.
     await client.customers.ListCustomers(customer_pb2.ListCustomersRequest())
+
+
+# --- Reading
+
+
+def test_long_names_are_not_kept() -> None:
+    """Names of properties are kept between events only if they are short: a refused one could be megabytes."""
+    long = "x" * 100_000
+    for value in (1, "text", True, None):
+        sent = event("e", properties={"object": {long: value, "short": 1}})
+        assert isinstance(wire.event(sent), tuple)
+    assert long not in wire._names
+    assert wire._names["short"] == '"short":'
+
+
+@given(text=st.text(max_size=8) | st.text(" \x00\x1f\x7f\u2028a", max_size=8) | st.integers(126, 258).map("x".__mul__))
+def test_plain_texts_are_identifiers_without_a_fault(text: str) -> None:
+    """What is taken for an identifier at a glance is one by the rule."""
+    if checks.is_plain(text):
+        assert checks.identifier("field", text) is None
 
 
 # --- One batch

@@ -195,7 +195,7 @@ class Bench:
 
     async def copy(self) -> Work:
         """COPY the rows into the table itself, over one connection, batch by batch as they come."""
-        organization = f"copy-{uuid.uuid4()}"
+        organization = f"bench-copy-{uuid.uuid4()}"
         _, rows = self.events.of_run()
         # There is no way to copy what is there already; the limit writes it once.
         different = list({one.transaction_id: (organization, *one) for batch in rows for one in batch}.values())
@@ -209,7 +209,7 @@ class Bench:
                 "SELECT count(*) FROM usage_events WHERE organization_id = $1", organization
             )
             must_be("copied rows", stored, self.events.different)
-        return Work(self.events.sent, seconds)
+        return Work(self.events.different, seconds)
 
     async def statements(self, connections: int, transaction: int) -> Work:
         """Send the service's own statements by bare asyncpg, so many events in a transaction."""

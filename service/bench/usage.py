@@ -576,12 +576,12 @@ def _median_wait(side: str, bound_ms: float) -> Target:
 def _clickhouse(loads: Sequence[Loaded], say: Say) -> Any:
     """Load the same events into ClickHouse in this process, and give what asks it; None if there is none."""
     try:
-        sessions: Any = importlib.import_module("chdb.session")
+        chdb: Any = importlib.import_module("chdb.session")
     except ImportError:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="metering-bench-chdb-", ignore_cleanup_errors=True) as directory:
-        opened = sessions.Session(directory)
+        opened = chdb.Session(directory)
 
         def query(sql: str) -> bytes:
             found: bytes = opened.query(sql, "TabSeparated").bytes()

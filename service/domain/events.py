@@ -167,7 +167,7 @@ def event(
     properties: str,
     source: EventSource = EventSource.EVENT,
 ) -> Event:
-    """Build an event from checked fields; `properties` is canonical JSON."""
+    """Build an event from checked fields; `properties` is canonical JSON, `timestamp` of UTC."""
     key = checks.customer_key(customer_id)
     # Lengths keep fields apart: ("ab","c") and ("a","bc") must not meet. The id is not part of its own content.
     # (A time of UTC without its zone is written twice as fast.)

@@ -2,7 +2,7 @@
 
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
@@ -237,6 +237,13 @@ class UsageRun:
             more += window.size
         most = max(0, min(most, (size - more) // empty))
         return most, most * empty + more
+
+    def parts(self, count: int) -> Iterator["UsageRun"]:
+        """Yield the run in parts of at most so many windows."""
+        for start in range(0, len(self), count):
+            positions = self.positions[start : start + count]
+            filled = {position: self.filled[position] for position in positions if position in self.filled}
+            yield replace(self, positions=positions, filled=filled)
 
     def cut(self, count: int) -> "UsageRun":
         """Return the run with its first windows only."""

@@ -231,7 +231,7 @@ _KEPT_SLICE_MAX = 1_000
 
 @functools.lru_cache(maxsize=64)
 def _kept_slice(windows: Windows, index: int, count: int) -> Sequence[tuple[datetime, datetime]]:
-    return windows._slice(index, count)
+    return tuple(windows._slice(index, count))
 
 
 class _Zone:

@@ -40,6 +40,8 @@ M = TypeVar("M", bound=Message)
 
 # A stream never asks for more rows than can be in what it reads at once.
 ROW_BYTES_MIN = 64
+# Windows that are written before other calls have a turn.
+_WRITTEN_AT_ONCE = 1_000
 # A watermark stays right as it grows old, it only gives more than is needed; so it is not asked for with every call.
 _WATERMARK_S = 1.0
 
@@ -218,7 +220,8 @@ async def _windows(database: Database, org: str, query: UsageQuery, wanted: _Ext
         run = page.runs[number]
         return place_of(query.after(run.customer_id, run.metric.id, run.index(i - ends[number] + len(run))))
 
-    written = await in_slices(wire.WindowWriter(wanted.read_time).write, page.runs)
+    parts = (part for run in page.runs for part in run.parts(_WRITTEN_AT_ONCE))
+    written = await in_slices(wire.WindowWriter(wanted.read_time).write, parts)
     return _Part(list(itertools.chain.from_iterable(written)), after, place_of(page.following))
 
 

@@ -93,9 +93,11 @@ class _Names(dict[str, str]):
     """Names of properties as they stand in JSON, with the colon. The same few come again and again."""
 
     def __missing__(self, name: str) -> str:
-        if len(self) > _NAMES_KEPT_MAX:
-            self.clear()
-        self[name] = written = f"{encode_basestring(name)}:"
+        written = f"{encode_basestring(name)}:"
+        if len(name) <= checks.IDENTIFIER_MAX:  # longer ones stand inside of objects, and may be megabytes
+            if len(self) > _NAMES_KEPT_MAX:
+                self.clear()
+            self[name] = written
         return written
 
 
@@ -150,7 +152,6 @@ def _json_object(fields: Mapping[str, Value], path: str, walk: _Walk) -> str:
     # Written by hand because no JSON library prints numbers as the plain decimals that are compared and summed. Most
     # properties are short texts and numbers without fault: these are written here, all else is looked at closer.
     members = []
-    size = 0
     for name in sorted(fields):
         value = fields[name]
         text = value.string_value
@@ -160,9 +161,8 @@ def _json_object(fields: Mapping[str, Value], path: str, walk: _Walk) -> str:
             walk.took(len(name))
             members.append(_names[name] + _json(value, f"{path}.{name}", walk))
             continue
-        size += len(name) + len(written)
+        walk.took(len(name) + len(written))
         members.append(_names[name] + written)
-    walk.took(size)
     return "{" + ",".join(members) + "}"
 
 

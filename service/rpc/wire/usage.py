@@ -117,11 +117,9 @@ class WindowWriter:
     def write(self, run: usage.UsageRun) -> list[bytes]:
         """Return each window of the run in bytes."""
         if run.bounds is not self._spans:
-            self._spans, read_time = run.bounds, self._read_time
-            self._bounds = [
-                _bounds(start, end) if end <= read_time else _bounds(start, end) + _INCOMPLETE
-                for start, end in run.bounds
-            ]
+            self._spans, self._bounds = run.bounds, []
+        for start, end in run.bounds[len(self._bounds) : run.positions[-1] + 1]:
+            self._bounds.append(_bounds(start, end) + (_INCOMPLETE if end > self._read_time else b""))
         head = usage_pb2.UsageWindow(
             customer_id=str(run.customer_id),
             billable_metric_id=str(run.metric.id),
@@ -130,12 +128,13 @@ class WindowWriter:
         bounds = self._bounds
         if len(run.filled) == len(run):
             return [_item(head + bounds[position] + _known(run.filled[position])) for position in run.positions]
-        # All from the first on, most of them empty.
-        bounds = bounds[: len(run)]
+        # All from one on to another, most of them empty.
+        first = run.positions[0]
+        bounds = bounds[first : first + len(run)]
         empty = {size: b"\n" + _varint(len(head) + size) + head for size in set(map(len, bounds))}
         found = [empty[len(one)] + one for one in bounds]
         for position, window in run.filled.items():
-            found[position] = _item(head + bounds[position] + _known(window))
+            found[position - first] = _item(head + bounds[position - first] + _known(window))
         return found
 
 
