@@ -9,7 +9,7 @@ import functools
 import io
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from importlib import resources
@@ -190,7 +190,7 @@ class Windows:
             return (self.end - self.start) // _HOUR
         return self._days[1] - self._days[0]
 
-    def slice(self, index: int, count: int) -> Sequence[tuple[datetime, datetime]]:
+    def slice(self, index: int, count: int) -> tuple[tuple[datetime, datetime], ...]:
         """Windows `index` up to, not including, `index + count`, as far as they exist, as (start, end).
 
         Costs in proportion to `count`, wherever it starts. Raises ValueError for a negative argument.
@@ -200,18 +200,18 @@ class Windows:
             return _kept_slice(self, index, count)
         return self._slice(index, count)
 
-    def _slice(self, index: int, count: int) -> Sequence[tuple[datetime, datetime]]:
+    def _slice(self, index: int, count: int) -> tuple[tuple[datetime, datetime], ...]:
         if index < 0 or count < 0:
             raise ValueError("index and count must not be negative")
         stop = min(index + count, len(self))
         if index >= stop:
-            return []
+            return ()
         if self.size is WindowSize.NONE:
-            return [(self.start, self.end)]
+            return ((self.start, self.end),)
         if self.size is WindowSize.HOUR:
-            return list(pairwise(self.start + _HOUR * i for i in range(index, stop + 1)))
+            return tuple(pairwise(self.start + _HOUR * i for i in range(index, stop + 1)))
         zone, base = _zone(self.zone), self._days[0]
-        return list(pairwise(_instant(zone.first(zone.day(base + i))) for i in range(index, stop + 1)))
+        return tuple(pairwise(_instant(zone.first(zone.day(base + i))) for i in range(index, stop + 1)))
 
     def index_of(self, instant: datetime) -> int:
         """Index of the window that holds the instant; ValueError unless it is aware UTC and in `[start, end)`."""
@@ -230,8 +230,8 @@ _KEPT_SLICE_MAX = 1_000
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_slice(windows: Windows, index: int, count: int) -> Sequence[tuple[datetime, datetime]]:
-    return tuple(windows._slice(index, count))
+def _kept_slice(windows: Windows, index: int, count: int) -> tuple[tuple[datetime, datetime], ...]:
+    return windows._slice(index, count)
 
 
 class _Zone:
