@@ -648,6 +648,23 @@ async def test_parts_of_quantities_are_exact_and_well_formed(
         assert made["metaInfo"]["usageAllocations"] == {"cpu": [{"quantity": 1, "quantityDecimal": "1", "tags": []}]}
 
 
+# --- Nesting
+
+
+@pytest.mark.parametrize("shape", ['{"d":%s}', "[%s]"], ids=["objects", "lists"])
+async def test_bodies_of_any_depth(http: httpx.AsyncClient, shape: str) -> None:
+    """Up to 25 levels of a property are taken, any deeper one is refused as what it is, and never as our error."""
+    before, after = shape.split("%s")
+    for depth in (*range(1, 121), 900, 5_000):
+        nested = before * depth + "1" + after * depth
+        properties = f'{{"p":{nested}}}'
+        answer = await http.post("/v1/ingest", content=f"[{event_of(f'deep-{depth}', properties)}]")
+        assert answer.status_code == (200 if depth <= 25 else 400), (depth, answer.text)
+        info = f'[{{"entitlementID":"x","metaInfo":{{"p":{nested}}}}}]'
+        answer = await http.post(f"{ORG}/batchCreateUsageRecordGroups", content=info)
+        assert answer.status_code < 500, (depth, answer.text)
+
+
 # --- Many values
 
 

@@ -45,8 +45,8 @@ _VALUES_MAX = limit("JSON_VALUES", 250_000, most=250_000, about="values of a JSO
 _ITEMS_MAX = limit(
     "JSON_ITEMS", 10_000, most=10_000, about="items of a list in a JSON body", field="event_type_filter.in_values"
 )
-# Messages in each other, where an object of any JSON takes two.
-_NESTING_MAX = 100
+# Messages in each other, where an object of any JSON takes two (and three when protobuf reads them back, of its 100).
+_NESTING_MAX = 60
 # The package of Struct and Value, which take numbers wherever they stand.
 _ANY_JSON = "google.protobuf"
 # Digits of a number that is kept as a string because no double holds it; more are no quantity of ours either.
