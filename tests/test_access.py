@@ -648,6 +648,26 @@ async def test_a_flood_of_made_up_keys(database_url: str, database: Database, mo
     assert most == service.auth._STRANGERS_MAX
 
 
+async def test_many_first_calls_with_one_key(
+    database_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a key that was never seen, more calls at once than strangers may wait are one look-up, and all are served."""
+    key = await new_key(database)
+    asked: list[str] = []
+    find = organizations.find_api_key
+
+    async def slow(connection: Any, key_id: str) -> Any:
+        asked.append(key_id)
+        await asyncio.sleep(0.5)
+        return await find(connection, key_id)
+
+    monkeypatch.setattr(organizations, "find_api_key", slow)
+    async with running_server(database_url) as client:
+        number = 2 * service.auth._STRANGERS_MAX
+        assert await asyncio.gather(*(customers(client, key) for _ in range(number))) == [[]] * number
+    assert asked == [key.id]
+
+
 # --- Secrets
 
 

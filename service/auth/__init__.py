@@ -228,28 +228,34 @@ class Auth:
         return trusted
 
     async def _ask_about(self, key: Hashable, work: Callable[[AsyncConnection], Awaitable[Answer]]) -> Answer:
-        # What was good lately does not wait behind what was never seen.
-        return await (self._ask(key, work) if key in self._trusted else self._ask_for_stranger(key, work))
-
-    async def _ask_for_stranger(self, key: Hashable, work: Callable[[AsyncConnection], Awaitable[Answer]]) -> Answer:
+        # What was good lately does not wait behind what was never seen; and many calls with one credential, as of a
+        # fleet that starts, are one look-up.
+        if key in self._trusted or key in self._asking:
+            return await self._ask(key, work)
         if self._strangers_waiting >= _STRANGERS_MAX:
             text = "Too many unknown credentials are being looked up; nothing was done."
             raise ResourceExhausted(Reason.OVERLOADED, text, retry_after_s=1)
-        self._strangers_waiting += 1
-        try:
-            async with self._strangers:
-                return await self._ask(key, work)
-        finally:
-            self._strangers_waiting -= 1
+        return await self._ask(key, work, stranger=True)
 
-    async def _ask(self, key: Hashable, work: Callable[[AsyncConnection], Awaitable[Answer]]) -> Answer:
+    async def _ask(
+        self, key: Hashable, work: Callable[[AsyncConnection], Awaitable[Answer]], *, stranger: bool = False
+    ) -> Answer:
         task: asyncio.Task[Answer] | None = self._asking.get(key)
         if task is None:
-            task = asyncio.create_task(self._database.look_up(work))
+            self._strangers_waiting += stranger
+            task = asyncio.create_task(self._in_turn(work) if stranger else self._database.look_up(work))
             self._asking[key] = task
             task.add_done_callback(lambda done: self._answered(key, done))
         # Shielded: a caller that leaves must not take the answer from those that wait with it.
         return await asyncio.shield(task)
+
+    async def _in_turn(self, work: Callable[[AsyncConnection], Awaitable[Answer]]) -> Answer:
+        """Look up what was never seen, after all that was asked before."""
+        try:
+            async with self._strangers:
+                return await self._database.look_up(work)
+        finally:
+            self._strangers_waiting -= 1
 
     def _answered(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         del self._asking[key]
