@@ -98,7 +98,7 @@ class BillableMetric:
     excluded_event_types: tuple[str, ...] = ()
     property_filters: tuple[PropertyFilter, ...] = ()
     group_keys: tuple[tuple[str, ...], ...] = ()
-    custom_fields: Mapping[str, str] = field(default_factory=dict)
+    custom_fields: Mapping[str, str] = field(default_factory=dict, hash=False)
     created_at: datetime | None = None
     archived_at: datetime | None = None
     backfilled_until: datetime | None = None

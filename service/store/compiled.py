@@ -65,6 +65,14 @@ class Compiled:
         """Run it with these values for its named parameters."""
         return await connection.exec_driver_sql(*self.bound(**values))
 
+    async def fetch(self, connection: AsyncConnection, **values: Any) -> Sequence[Any]:
+        """Run it with these values and return its rows as asyncpg gives them, past what SQLAlchemy makes of each."""
+        sql, given = self.bound(**values)
+        raw = await connection.get_raw_connection()
+        driver: Any = raw.driver_connection
+        rows: Sequence[Any] = await driver.fetch(sql, *given)
+        return rows
+
     def _processed(self, name: str, value: Any) -> Any:
         processor = self._processors.get(name)
         return processor(value) if processor and value is not None else value

@@ -9,9 +9,8 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.metrics import BillableMetric
@@ -245,13 +244,13 @@ class _Reader:
         # With `updated_since` a candidate is not done with at its first cell: most have none that changed.
         number = max(1, (CHANGES_PROBED if query.updated_since else PAIRS_PROBED) // len(self.metrics))
         following = usage_sql.next_customers(least.customer_id, query.customers, query.updated_since, number)
-        customer_ids = [row[0] for row in await self._execute(following)]
+        customer_ids = [row[0] for row in await self._rows(following)]
         if not customer_ids:
             return Pairs((), None)
         metrics = [one.metric for one in self.metrics.values()]
         span = (query.windows.start, query.windows.end)
         statement = usage_sql.pairs_with_usage(metrics, span, customer_ids, least, PAIRS_MAX, query.updated_since)
-        pairs = [Pair(row[0], row[1]) for row in await self._execute(statement)]
+        pairs = [Pair(row[0], row[1]) for row in await self._rows(statement)]
         if len(pairs) == PAIRS_MAX:
             return Pairs(pairs, Position.after_pair(*pairs[-1]))
         if len(customer_ids) < number:
@@ -261,7 +260,7 @@ class _Reader:
     async def next_used(self, pair: Pair, instant: datetime) -> datetime | None:
         """Return the first instant from `instant` on that can hold usage of the pair; None if there is none."""
         statement = usage_sql.next_cell(pair, instant, self.query.windows.end)
-        found: datetime | None = (await self._execute(statement))[0][0]
+        found: datetime | None = (await self._rows(statement))[0][0]
         return None if found is None else max(found, instant)
 
     async def runs(self, pairs: Sequence[Pair], bounds: Bounds, first: int) -> list[UsageRun]:
@@ -296,14 +295,7 @@ class _Reader:
     async def _measures(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[Pair, dict[int, Measures]]:
         """Return the measures of every window with anything behind it, by pair and position in `bounds`."""
         metrics = [self.metrics[metric_id].metric for metric_id in sorted({pair.metric_id for pair in pairs})]
-        whole = None if self.query.updated_since else usage_sql.whole_totals(metrics, pairs, bounds)
-        rows: Sequence[Any]
-        if whole is not None:
-            statement, values = whole
-            result = await statement.execute(self.connection, organization=self.organization, **values)
-            rows = cast(Sequence[Any], result.all())
-        else:
-            rows = await self._execute(usage_sql.totals(metrics, pairs, bounds, self.query.updated_since))
+        rows = await self._rows(usage_sql.totals(metrics, pairs, bounds, self.query.updated_since))
         found: dict[Pair, dict[int, Measures]] = {}
         last: Any = None
         own: dict[int, Measures] = {}
@@ -314,7 +306,7 @@ class _Reader:
                 own = found.setdefault(Pair(*last), {})
             own[row[2]] = Measures._make(row[3:])
         distinct = usage_sql.distinct_totals(metrics, pairs, bounds)
-        different: Sequence[Any] = await self._execute(distinct) if distinct is not None else ()
+        different: Sequence[Any] = await self._rows(distinct) if distinct is not None else ()
         for customer_id, metric_id, window, number in different:
             own = found.get(Pair(customer_id, metric_id), {})
             if window in own:  # else the window did not change since the query's instant
@@ -329,13 +321,12 @@ class _Reader:
             if one.group_by is None or not own:
                 continue
             statement = usage_sql.group_totals(one.metric, one.group_by, GROUP_VALUES_MAX + 1, own, bounds)
-            for row in await self._execute(statement):
+            for row in await self._rows(statement):
                 found.setdefault((Pair(row[0], row[1]), row[2]), {})[row[3]] = Measures(*row[4:])
         return found
 
-    async def _execute(self, statement: sa.Select[Any]) -> Sequence[Any]:
-        rows: Sequence[Any] = (await self.connection.execute(statement, {"organization": self.organization})).all()
-        return rows
+    async def _rows(self, statement: usage_sql.Statement) -> Sequence[Any]:
+        return await statement.rows(self.connection, self.organization)
 
 
 def _group_map(selected: Selected, found: dict[str, Measures]) -> tuple[dict[str, str | None] | None, bool]:

@@ -6,16 +6,20 @@ window to window, are right for any window.
 
 Further pieces hold nothing but a time, at which what is behind a window changed: those of cut cells, and of cells under
 a key that the customer gave up.
+
+The text of a statement depends on the metrics and the `Shape` of what is asked, never on its values. It is worked out
+once and kept: to make it anew takes SQLAlchemy several times as long as Postgres takes to answer it.
 """
 
 import functools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.selectable import LateralFromClause
 
 from service.domain.metrics import Aggregation, BillableMetric
@@ -30,11 +34,9 @@ from service.store.tables import (
     customer_keys,
     customers,
     released_keys,
-    texts,
     usage_cells,
     usage_distinct_values,
     usage_events,
-    uuids,
 )
 
 _HOUR = timedelta(hours=1)
@@ -51,21 +53,57 @@ class Pair(NamedTuple):
     metric_id: uuid.UUID
 
 
+class Shape(NamedTuple):
+    """What the text of a statement depends on beside the metrics: is there but one window, does a bound cut a cell."""
+
+    single: bool
+    cut: bool
+
+
+class Statement(NamedTuple):
+    """A statement with the values that it is given this time."""
+
+    compiled: Compiled
+    values: Mapping[str, Any]
+
+    async def rows(self, connection: AsyncConnection, organization: str) -> Sequence[Any]:
+        """Run it and return its rows as asyncpg gives them: there may be many, and SQLAlchemy's take twice as long."""
+        return await self.compiled.fetch(connection, organization=organization, **self.values)
+
+
+_WHOLE = Shape(single=True, cut=False)
+_SINCE = sa.bindparam("since", type_=INSTANT)
+_FRESH = sa.bindparam("fresh", type_=ARRAY(sa.Uuid))
+_LIMIT = sa.bindparam("limit", type_=sa.Integer)
+# Statements kept of each kind, and of how many metrics one may be: each takes some tens of kilobytes, and what the
+# metrics' filters name.
+KEPT_MAX = 100
+KEPT_METRICS_MAX = 8
+
+
 def next_customers(
     least: uuid.UUID, customer_ids: Sequence[uuid.UUID] | None, since: datetime | None, limit: int
-) -> sa.Select[Any]:
+) -> Statement:
     """Select the ids of the customers named, or of all that are not archived (or with `since`: were not), in order."""
+    values = {"least": least, "limit": limit, "since": since, "customer_ids": customer_ids and list(customer_ids)}
+    given = {name: value for name, value in values.items() if value is not None}
+    return Statement(_next_customers(customer_ids is not None, since is not None), given)
+
+
+@functools.lru_cache
+def _next_customers(named: bool, changed: bool) -> Compiled:
     columns = customers.c
     wanted: sa.ColumnElement[bool] = columns.archived_at.is_(None)
-    if since is not None:
-        wanted = sa.or_(wanted, columns.archived_at >= since)
-    if customer_ids is not None:
-        wanted = columns.id == sa.any_(uuids(customer_ids))
-    return (
+    if changed:
+        wanted = sa.or_(wanted, columns.archived_at >= _SINCE)
+    if named:
+        wanted = columns.id == sa.any_(_ids("customer_ids"))
+    least = sa.bindparam("least", type_=sa.Uuid)
+    return Compiled(
         sa.select(columns.id)
         .where(columns.organization_id == ORGANIZATION, columns.id >= least, wanted)
         .order_by(columns.id)
-        .limit(limit)
+        .limit(_LIMIT)
     )
 
 
@@ -76,124 +114,141 @@ def pairs_with_usage(
     least: Pair,
     limit: int,
     since: datetime | None,
-) -> sa.Select[Any]:
+) -> Statement:
     """Select the pairs of these customers, from `least` on, that have an event in the span: customer_id, metric_id.
 
     In order. With `since` the pairs with a change from then on instead.
     """
-    metric = sa.func.unnest(uuids(sorted(one.id for one in metrics))).table_valued("id").render_derived("metric")
-    key = keys_of(customers.c.id)
-    found: list[sa.ColumnElement[bool]] = []
-
-    def exists(rows: LateralFromClause, *where: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        select = sa.select(sa.true()).select_from(key.join(rows, sa.true())).where(*where)
-        return _any(select.correlate(customers, metric))
-
+    values: dict[str, Any] = {
+        "metric_ids": sorted(one.id for one in metrics),
+        "customer_ids": list(customer_ids),
+        "least_customer": least.customer_id,
+        "least_metric": least.metric_id,
+        "limit": limit,
+    }
     if since is not None:
         # Cut cells whole: whether the part in the span changed is found out when its windows are read.
-        start = usage_cells.c.cell_start
-        cell = _of_key(usage_cells, key.c.key, metric.c.id, start >= cell_floor(span[0]), start < span[1])
-        found.append(exists(cell, sa.or_(_updated_at(cell, key) >= since, _fresh(metric.c.id, metrics, since))))
-    else:
-        filled = sa.or_(usage_cells.c.counted > 0, usage_cells.c.skipped > 0)
-        cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(usage_cells, [span], cut=()), filled)
-        found.append(exists(cell, key.c.held))
-        for part in _cut([span]):
-            events = _events_of_key(key.c.key, sa.literal(part[0], INSTANT), sa.literal(part[1], INSTANT))
-            for one in metrics:
-                if one.record_key is None:
-                    in_part = exists(events, key.c.held, metric_sql.matches(one, events))
-                    found.append(sa.and_(metric.c.id == one.id, in_part))
-        if (cut := _cut([span])) and any(one.record_key is not None for one in metrics):
-            # Of all record metrics, however many, at once.
-            records = of_records(_cut_events(customer_ids, cut))
-            made = sa.select(records).where(metric_sql.matches(metric_sql.RECORDS, records)).subquery()
-            found.append(sa.tuple_(customers.c.id, metric.c.id).in_(_of_owner(made, ("metric_id",))))
-    return (
+        values |= {"first": cell_floor(span[0]), "last": span[1], "since": since, "fresh": _fresh(metrics, since)}
+        return Statement(_pairs_changed(), values)
+    cut = _cut([span])
+    values |= {"first": cell_ceil(span[0]), "last": cell_floor(span[1])}
+    values |= {"part_starts": [start for start, _ in cut], "part_stops": [stop for _, stop in cut]}
+    for i, part in enumerate(cut):
+        values |= {f"start_{i}": part[0], f"stop_{i}": part[1]}
+    of_cells = tuple(metrics) if cut else ()
+    make = _pairs_with_usage if len(of_cells) <= KEPT_METRICS_MAX else _pairs_with_usage.__wrapped__
+    return Statement(make(of_cells, len(cut)), values)
+
+
+@functools.lru_cache
+def _pairs_changed() -> Compiled:
+    metric, key = _candidates()
+    cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(_WHOLE))
+    changed = sa.or_(_updated_at(cell, key) >= _SINCE, metric.c.id == sa.any_(_FRESH))
+    return _pairs_where(metric, _exists(metric, key, cell, changed))
+
+
+@functools.lru_cache(KEPT_MAX)
+def _pairs_with_usage(metrics: tuple[BillableMetric, ...], parts: int) -> Compiled:
+    metric, key = _candidates()
+    filled = sa.or_(usage_cells.c.counted > 0, usage_cells.c.skipped > 0)
+    cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(_WHOLE), filled)
+    found = [_exists(metric, key, cell, key.c.held)]
+    for i in range(parts):
+        start, stop = (sa.bindparam(f"{name}_{i}", type_=INSTANT) for name in ("start", "stop"))
+        events = _events_of_key(key.c.key, start, stop)
+        for one in metrics:
+            if one.record_key is None:
+                in_part = _exists(metric, key, events, key.c.held, metric_sql.matches(one, events))
+                found.append(sa.and_(metric.c.id == one.id, in_part))
+    if any(one.record_key is not None for one in metrics):
+        # Of all record metrics, however many, at once.
+        records = of_records(_cut_events(_ids("customer_ids")))
+        made = sa.select(records).where(metric_sql.matches(metric_sql.RECORDS, records)).subquery()
+        found.append(sa.tuple_(customers.c.id, metric.c.id).in_(_of_owner(made, ("metric_id",))))
+    return _pairs_where(metric, *found)
+
+
+def _candidates() -> tuple[Any, LateralFromClause]:
+    """Return the metrics that may have usage, as rows, and the keys of each customer."""
+    return sa.func.unnest(_ids("metric_ids")).table_valued("id").render_derived("metric"), keys_of(customers.c.id)
+
+
+def _exists(
+    metric: Any, key: LateralFromClause, rows: LateralFromClause, *where: sa.ColumnElement[bool]
+) -> sa.ColumnElement[bool]:
+    """Condition that a pair has such rows under any key.
+
+    A scalar subquery with a limit is probed pair by pair, in order, until there are enough. A condition of existence
+    the planner may turn into a join over every cell there is.
+    """
+    select = sa.select(sa.true()).select_from(key.join(rows, sa.true())).where(*where)
+    return select.correlate(customers, metric).limit(1).scalar_subquery().is_not(None)
+
+
+def _pairs_where(metric: Any, *found: sa.ColumnElement[bool]) -> Compiled:
+    least_customer, least_metric = (sa.bindparam(name, type_=sa.Uuid) for name in ("least_customer", "least_metric"))
+    return Compiled(
         sa.select(customers.c.id, metric.c.id)
         .select_from(customers.join(metric, sa.true()))
         .where(
             customers.c.organization_id == ORGANIZATION,
-            customers.c.id == sa.any_(uuids(customer_ids)),
-            customers.c.id >= least.customer_id,
-            sa.or_(customers.c.id > least.customer_id, metric.c.id >= least.metric_id),
+            customers.c.id == sa.any_(_ids("customer_ids")),
+            customers.c.id >= least_customer,
+            sa.or_(customers.c.id > least_customer, metric.c.id >= least_metric),
             sa.or_(*found),
         )
         .order_by(customers.c.id, metric.c.id)
-        .limit(limit)
+        .limit(_LIMIT)
     )
 
 
-def next_cell(pair: Pair, instant: datetime, end: datetime) -> sa.Select[Any]:
+def next_cell(pair: Pair, instant: datetime, end: datetime) -> Statement:
     """Select the start of the pair's first cell that reaches beyond `instant` and starts before `end`, or NULL."""
-    key = keys_of(sa.literal(pair.customer_id, sa.Uuid))
-    start = usage_cells.c.cell_start
-    metric_id = sa.literal(pair.metric_id, sa.Uuid)
-    cell = _of_key(usage_cells, key.c.key, metric_id, start >= cell_floor(instant), start < end)
-    return sa.select(sa.func.min(cell.c.cell_start)).select_from(key.join(cell, sa.true()))
+    values = {"customer_id": pair.customer_id, "metric_id": pair.metric_id}
+    return Statement(_next_cell(), {**values, "first": cell_floor(instant), "last": end})
+
+
+@functools.lru_cache
+def _next_cell() -> Compiled:
+    customer_id, metric_id = (sa.bindparam(name, type_=sa.Uuid) for name in ("customer_id", "metric_id"))
+    key = keys_of(customer_id)
+    cell = _of_key(usage_cells, key.c.key, metric_id, *_within(_WHOLE))
+    return Compiled(sa.select(sa.func.min(cell.c.cell_start)).select_from(key.join(cell, sa.true())))
 
 
 def totals(
     metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds, since: datetime | None
-) -> sa.Select[Any]:
+) -> Statement:
     """Select what every window with a cell adds up to: customer_id, metric_id, window, and the fields of Measures.
 
     With `since` only windows that changed from then on. `metrics` are those of the pairs; `window` is the position in
-    `bounds`. `counted` of a UNIQUE metric is the number of its values, not of the different ones.
+    `bounds`. `counted` of a UNIQUE metric is the number of its values, not of the different ones. Of the other measures
+    only those that an aggregation of the metrics needs are there.
     """
-    pieces = select_pieces(metrics, pairs, bounds).subquery("pieces")
+    shape, values = asked(metrics, pairs, bounds)
+    # Of whole cells the definitions do not matter any more.
+    of_cells = tuple(metrics) if shape.cut else ()
+    if since is not None:
+        values |= {"since": since, "fresh": _fresh(metrics, since)}
+    make = _totals if len(of_cells) <= KEPT_METRICS_MAX else _totals.__wrapped__
+    return Statement(make(of_cells, frozenset(one.aggregation for one in metrics), shape, since is not None), values)
+
+
+@functools.lru_cache(KEPT_MAX)
+def _totals(
+    metrics: tuple[BillableMetric, ...], aggregations: Collection[Aggregation], shape: Shape, changed: bool
+) -> Compiled:
+    pieces = select_pieces(metrics, shape).subquery("pieces")
     key = _key(pieces)
-    statement = sa.select(*key, *measures_of(metrics, pieces)).group_by(*key)
-    if since is None:
-        return statement
-    return statement.having(
-        sa.or_(sa.func.max(pieces.c.updated_at) >= since, _fresh(pieces.c.metric_id, metrics, since))
-    )
+    statement = sa.select(*key, *measures_of(aggregations, pieces)).group_by(*key)
+    if changed:
+        fresh = pieces.c.metric_id == sa.any_(_FRESH)
+        statement = statement.having(sa.or_(sa.func.max(pieces.c.updated_at) >= _SINCE, fresh))
+    return Compiled(statement)
 
 
-def whole_totals(
-    metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds
-) -> tuple[Compiled, dict[str, Any]] | None:
-    """Return the statement of `totals`, and what it is given, from those worked out once; None where it is not one.
-
-    Windows that cut no cell, whatever their number and pairs, are asked for by one statement; making it and its key
-    anew takes SQLAlchemy several times as long as Postgres takes to answer it.
-    """
-    if _cut(bounds):
-        return None
-    latest = any(metric.aggregation is Aggregation.LATEST for metric in metrics)
-    return _whole_totals(single=len(bounds) == 1, latest=latest), {
-        "customer_ids": [pair.customer_id for pair in pairs],
-        "metric_ids": [pair.metric_id for pair in pairs],
-        "first": bounds[0][0],
-        "last": bounds[-1][1],
-        **({} if len(bounds) == 1 else {"starts": [start for start, _ in bounds]}),
-    }
-
-
-@functools.lru_cache
-def _whole_totals(*, single: bool, latest: bool) -> Compiled:
-    ids = [sa.bindparam(name, type_=ARRAY(sa.Uuid)) for name in ("customer_ids", "metric_ids")]
-    pair: Any = (
-        sa.func.unnest(*ids)
-        .table_valued(sa.column("customer_id", sa.Uuid), sa.column("metric_id", sa.Uuid))
-        .render_derived("pair")
-    )
-    key = keys_of(pair.c.customer_id)
-    start = usage_cells.c.cell_start
-    first, last = (sa.bindparam(name, type_=INSTANT) for name in ("first", "last"))
-    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, start >= first, start < last)
-    window: sa.ColumnElement[int] = sa.literal_column("0", sa.Integer)
-    if not single:
-        starts = sa.bindparam("starts", type_=ARRAY(INSTANT))
-        window = sa.func.width_bucket(cell.c.cell_start, starts, type_=sa.Integer) - sa.literal_column("1")
-    pieces = _cell_pieces(pair, key, cell, window).subquery("pieces")
-    columns = _key(pieces)
-    of = [Aggregation.LATEST] if latest else []
-    return Compiled(sa.select(*columns, *_measures_of(of, pieces)).group_by(*columns))
-
-
-def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.Select[Any] | None:
+def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> Statement | None:
     """Select the number of different values per window of UNIQUE metrics: customer_id, metric_id, window, number.
 
     None if none of the metrics is UNIQUE.
@@ -201,28 +256,44 @@ def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bo
     unique = [metric for metric in metrics if metric.aggregation is Aggregation.UNIQUE]
     if not unique:
         return None
-    values = select_distinct_pieces(unique, pairs, bounds).subquery("values")
+    ids = {metric.id for metric in unique}
+    shape, values = asked(unique, [pair for pair in pairs if pair.metric_id in ids], bounds)
+    of_cells = tuple(unique) if shape.cut else ()
+    make = _distinct_totals if len(of_cells) <= KEPT_METRICS_MAX else _distinct_totals.__wrapped__
+    return Statement(make(of_cells, shape), values)
+
+
+@functools.lru_cache(KEPT_MAX)
+def _distinct_totals(metrics: tuple[BillableMetric, ...], shape: Shape) -> Compiled:
+    values = select_distinct_pieces(metrics, shape).subquery("values")
     key = _key(values)
-    return sa.select(*key, sa.func.count(values.c.value_digest.distinct())).group_by(*key)
+    return Compiled(sa.select(*key, sa.func.count(values.c.value_digest.distinct())).group_by(*key))
 
 
 def group_totals(
     metric: BillableMetric, group_by: GroupBy, limit: int, pairs: Sequence[Pair], bounds: Bounds
-) -> sa.Select[Any]:
+) -> Statement:
     """Select what the groups of every window add up to: customer_id, metric_id, window, group_value, Measures.
 
     The values asked for, or the first `limit` of each window in byte order. `pairs` are of this metric.
     """
-    place = metric.group_properties.index(group_by.key) + 1
-    pieces = select_pieces([metric], pairs, bounds).subquery("pieces")
+    shape, values = asked([metric], pairs, bounds)
+    values |= {"limit": limit, **({"named": list(group_by.values)} if group_by.values else {})}
+    return Statement(_group_totals(metric, group_by.key, bool(group_by.values), shape), values)
+
+
+@functools.lru_cache(KEPT_MAX)
+def _group_totals(metric: BillableMetric, name: str, named: bool, shape: Shape) -> Compiled:
+    place = metric.group_properties.index(name) + 1
+    pieces = select_pieces([metric], shape).subquery("pieces")
     group_value = pieces.c.group_values[place].collate("C")
     wanted: sa.ColumnElement[bool] = group_value.is_not(None)
-    if group_by.values:
-        wanted = group_value == sa.any_(texts(group_by.values))
+    if named:
+        wanted = group_value == sa.any_(sa.bindparam("named", type_=ARRAY(sa.Text)))
     key = [*_key(pieces), group_value.label("group_value")]
     rank = sa.func.row_number().over(partition_by=_key(pieces), order_by=group_value)
     ranked = (
-        sa.select(*key, *measures_of([metric], pieces), rank.label("rank"))
+        sa.select(*key, *measures_of({metric.aggregation}, pieces), rank.label("rank"))
         .where(wanted)
         .group_by(*_key(pieces), group_value)
         .having(any_event(pieces))
@@ -231,14 +302,40 @@ def group_totals(
     columns: dict[str, sa.ColumnElement[Any]] = {one.name: one for one in ranked.c if one.name != "rank"}
     source: sa.FromClause = ranked
     if metric.aggregation is Aggregation.UNIQUE:
-        values = select_distinct_pieces([metric], pairs, bounds).subquery("values")
+        values = select_distinct_pieces([metric], shape).subquery("values")
         value_key = [*_key(values), values.c.group_values[place].collate("C").label("group_value")]
         number = sa.func.count(values.c.value_digest.distinct()).label("number")
         numbers = sa.select(*value_key, number).group_by(*value_key).subquery("numbers")
         same = [ranked.c[name] == numbers.c[name] for name in ("customer_id", "metric_id", "window", "group_value")]
         source = ranked.outerjoin(numbers, sa.and_(*same))
         columns["counted"] = sa.func.coalesce(numbers.c.number, 0)
-    return sa.select(*columns.values()).select_from(source).where(ranked.c.rank <= limit)
+    return Compiled(sa.select(*columns.values()).select_from(source).where(ranked.c.rank <= _LIMIT))
+
+
+def asked(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> tuple[Shape, dict[str, Any]]:
+    """Return the shape of windows of pairs, and what statements of `select_pieces` are given for them.
+
+    `metrics` are those of the pairs, in the order in which the pieces are selected.
+    """
+    cut = _cut(bounds)
+    values: dict[str, Any] = {
+        "customer_ids": [pair.customer_id for pair in pairs],
+        "metric_ids": [pair.metric_id for pair in pairs],
+        "first": bounds[0][0],
+        "last": bounds[-1][1],
+    }
+    if len(bounds) > 1:
+        values["starts"] = [start for start, _ in bounds]
+    if cut:
+        values["first"], values["last"] = cell_ceil(bounds[0][0]), cell_floor(bounds[-1][1])
+        values["cut_cells"] = sorted({cell_floor(start) for start, _ in cut})
+        values["part_starts"], values["part_stops"] = [start for start, _ in cut], [stop for _, stop in cut]
+        for i, metric in enumerate(metrics):
+            values[f"owners_{i}"] = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
+        records = {metric.id for metric in metrics if metric.record_key is not None}
+        values["records"] = sorted(records)
+        values["record_owners"] = sorted({pair.customer_id for pair in pairs if pair.metric_id in records})
+    return Shape(len(bounds) == 1, bool(cut)), values
 
 
 def watermark() -> sa.Select[Any]:
@@ -274,30 +371,30 @@ def any_event(pieces: sa.Subquery) -> sa.ColumnElement[bool]:
     return sa.func.sum(pieces.c.counted + pieces.c.skipped) > 0
 
 
-def select_pieces(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> sa.CompoundSelect[Any]:
-    """Columns: customer_id, metric_id, window, group_values, updated_at and the MEASURES."""
-    pair = _pair_rows(pairs)
+def select_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> sa.CompoundSelect[Any]:
+    """Columns: customer_id, metric_id, window, group_values, updated_at and the MEASURES.
+
+    It takes the values that `asked` gives. The metrics matter only where a bound cuts a cell.
+    """
+    pair = _pair_rows()
     key = keys_of(pair.c.customer_id)
-    cut = _cut(bounds)
-    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(usage_cells, bounds, cut))
-    parts: list[sa.Select[Any]] = [_cell_pieces(pair, key, cell, _window(cell.c.cell_start, bounds))]
-    if cut:
-        parts.append(_cut_times(pairs, bounds, cut))
-    for metric in metrics if cut else ():
+    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(shape))
+    parts: list[sa.Select[Any]] = [_cell_pieces(pair, key, cell, _window(cell.c.cell_start, shape))]
+    if not shape.cut:
+        return sa.union_all(*parts)
+    parts.append(_cut_times(shape))
+    for i, metric in enumerate(metrics):
         if metric.record_key is None:
-            owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
-            events = _cut_events(owners, cut)
-            made = metric_sql.cells(metric, events, _window(events.c.timestamp, bounds))
+            events = _cut_events(_ids(f"owners_{i}"))
+            made = metric_sql.cells(metric, events, _window(events.c.timestamp, shape))
             parts.append(_of_owner(_with_updated_at(made), _PIECE))
-    records = {metric.id for metric in metrics if metric.record_key is not None}
-    own = [pair for pair in pairs if pair.metric_id in records]
-    if cut and own:
+    if any(metric.record_key is not None for metric in metrics):
         # One part for all record metrics, however many.
-        events = of_records(_cut_events(sorted({pair.customer_id for pair in own}), cut))
-        wanted = events.c.metric_id == sa.any_(uuids(sorted(records)))
-        made = metric_sql.cells(metric_sql.RECORDS, events, _window(events.c.timestamp, bounds), wanted)
+        events = of_records(_cut_events(_ids("record_owners")))
+        wanted = events.c.metric_id == sa.any_(_ids("records"))
+        made = metric_sql.cells(metric_sql.RECORDS, events, _window(events.c.timestamp, shape), wanted)
         rows = _of_owner(_with_updated_at(made), _PIECE).subquery()
-        pair = _pair_rows(own)
+        pair = _pair_rows()
         same = sa.and_(pair.c.customer_id == rows.c.customer_id, pair.c.metric_id == rows.c.metric_id)
         parts.append(sa.select(rows).join(pair, same))
     return sa.union_all(*parts)
@@ -325,18 +422,18 @@ def _with_updated_at(rows: sa.Select[Any]) -> sa.Subquery:
     return rows.add_columns(sa.null().cast(INSTANT).label("updated_at")).subquery()
 
 
-def _cut_times(pairs: Sequence[Pair], bounds: Bounds, cut: Sequence[Span]) -> sa.Select[Any]:
+def _cut_times(shape: Shape) -> sa.Select[Any]:
     """Select for every part of a cut cell a piece with the time at which the cell changed, and nothing else."""
-    pair = _pair_rows(pairs)
+    pair = _pair_rows()
     key = keys_of(pair.c.customer_id)
-    part = _part_rows(cut)
+    part = _part_rows()
     cell = _of_key(
         usage_cells, key.c.key, pair.c.metric_id, usage_cells.c.cell_start == metric_sql.cell_start(part.c.start)
     )
     return sa.select(
         pair.c.customer_id,
         cell.c.metric_id,
-        _window(part.c.start, bounds).label("window"),
+        _window(part.c.start, shape).label("window"),
         cell.c.group_values,
         _updated_at(cell, key).label("updated_at"),
         *(
@@ -351,58 +448,58 @@ def _updated_at(cell: sa.FromClause, key: sa.FromClause) -> sa.ColumnElement[Any
     return sa.case((key.c.held, sa.func.greatest(cell.c.updated_at, key.c.since)), else_=key.c.since)
 
 
-def select_distinct_pieces(
-    metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds
-) -> sa.CompoundSelect[Any]:
-    """The different values of UNIQUE metrics, as `select_pieces` gives the cells.
+def select_distinct_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> sa.CompoundSelect[Any]:
+    """The different values of UNIQUE metrics, as `select_pieces` gives the cells; all pairs must be of these metrics.
 
     Columns: customer_id, metric_id, window, group_values, value_digest.
     """
-    pair = _pair_rows([pair for pair in pairs if any(pair.metric_id == metric.id for metric in metrics)])
+    pair = _pair_rows()
     key = keys_of(pair.c.customer_id)
-    cut = _cut(bounds)
-    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(usage_cells, bounds, cut))
+    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(shape))
     in_cell = [usage_distinct_values.c[name] == cell.c[name] for name in ("cell_start", "group_digest")]
     one = _of_key(usage_distinct_values, key.c.key, pair.c.metric_id, *in_cell)
     parts: list[sa.Select[Any]] = [
         sa.select(
             pair.c.customer_id,
             cell.c.metric_id,
-            _window(cell.c.cell_start, bounds).label("window"),
+            _window(cell.c.cell_start, shape).label("window"),
             cell.c.group_values,
             one.c.value_digest,
         ).select_from(pair.join(key, key.c.held).join(cell, sa.true()).join(one, sa.true()))
     ]
-    for metric in metrics if cut else ():
-        owners = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
-        events = _cut_events(owners, cut)
-        made = metric_sql.distinct_values(metric, events, _window(events.c.timestamp, bounds)).subquery()
+    for i, metric in enumerate(metrics if shape.cut else ()):
+        events = _cut_events(_ids(f"owners_{i}"))
+        made = metric_sql.distinct_values(metric, events, _window(events.c.timestamp, shape)).subquery()
         parts.append(_of_owner(made, ("metric_id", "cell_start", "group_values", "value_digest")))
     return sa.union_all(*parts)
 
 
-def measures_of(metrics: Sequence[BillableMetric], pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
-    """Aggregate pieces to the fields of Measures."""
-    return _measures_of([metric.aggregation for metric in metrics], pieces)
-
-
-def _measures_of(aggregations: Sequence[Aggregation], pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
+def measures_of(aggregations: Collection[Aggregation], pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
+    """Aggregate pieces to the fields of Measures; those that none of the aggregations needs are NULL."""
     columns = pieces.c
-    latest: sa.ColumnElement[Any] = sa.null().cast(NUMERIC)
-    # Only where it is asked for: it needs the pieces sorted.
-    if Aggregation.LATEST in aggregations:
-        latest = metric_sql.latest(
+    found: dict[str, sa.ColumnElement[Any]] = {
+        "counted": sa.cast(sa.func.sum(columns.counted), sa.BigInteger),
+        "skipped": sa.cast(sa.func.sum(columns.skipped), sa.BigInteger),
+        "sum": sa.func.sum(columns.sum),
+        "min": sa.func.min(columns.min),
+        "max": sa.func.max(columns.max),
+        "latest_value": metric_sql.latest(
             columns.latest_value, columns.latest_at, columns.latest_transaction_id, columns.latest_at.is_not(None)
-        )
-    return [
-        sa.cast(sa.func.sum(columns.counted), sa.BigInteger).label("counted"),
-        sa.cast(sa.func.sum(columns.skipped), sa.BigInteger).label("skipped"),
-        sa.func.sum(columns.sum).label("sum"),
-        sa.func.min(columns.min).label("min"),
-        sa.func.max(columns.max).label("max"),
-        latest.label("latest_value"),
-        sa.func.max(columns.updated_at).label("updated_at"),
-    ]
+        ),
+        "updated_at": sa.func.max(columns.updated_at),
+    }
+    needed = {_NEEDED[one] for one in aggregations if one in _NEEDED} | {"counted", "skipped", "updated_at"}
+    return [(one if name in needed else sa.null().cast(NUMERIC)).label(name) for name, one in found.items()]
+
+
+# Which of the measures an aggregation becomes a value of, if it is not `counted`.
+_NEEDED = {
+    Aggregation.SUM: "sum",
+    Aggregation.AVG: "sum",
+    Aggregation.MIN: "min",
+    Aggregation.MAX: "max",
+    Aggregation.LATEST: "latest_value",
+}
 
 
 def _cut(bounds: Bounds) -> list[Span]:
@@ -422,29 +519,29 @@ def _cut(bounds: Bounds) -> list[Span]:
     return spans
 
 
-def _within(table: sa.Table, bounds: Bounds, cut: Sequence[Span]) -> list[sa.ColumnElement[bool]]:
+def _within(shape: Shape) -> list[sa.ColumnElement[bool]]:
     """Condition that a cell lies within the bounds and no bound cuts it."""
-    start, end = bounds[0][0], bounds[-1][1]
-    conditions = [table.c.cell_start >= cell_ceil(start), table.c.cell_start < cell_floor(end)]
-    if inner := sorted({cell_floor(part[0]) for part in cut}):
-        conditions.append(table.c.cell_start != sa.all_(sa.literal(inner, ARRAY(INSTANT))))
+    start = usage_cells.c.cell_start
+    conditions = [start >= sa.bindparam("first", type_=INSTANT), start < sa.bindparam("last", type_=INSTANT)]
+    if shape.cut:
+        conditions.append(start != sa.all_(sa.bindparam("cut_cells", type_=ARRAY(INSTANT))))
     return conditions
 
 
-def _window(instant: sa.ColumnElement[Any], bounds: Bounds) -> sa.ColumnElement[int]:
-    """Return the position in `bounds` of the window that holds an instant."""
-    if len(bounds) == 1:
+def _window(instant: sa.ColumnElement[Any], shape: Shape) -> sa.ColumnElement[int]:
+    """Return the position in the bounds of the window that holds an instant."""
+    if shape.single:
         return sa.literal_column("0", sa.Integer)
-    starts = sa.literal([start for start, _ in bounds], ARRAY(INSTANT))
-    return sa.func.width_bucket(instant, starts, type_=sa.Integer) - 1
+    starts = sa.bindparam("starts", type_=ARRAY(INSTANT))
+    return sa.func.width_bucket(instant, starts, type_=sa.Integer) - sa.literal_column("1")
 
 
-def _cut_events(customer_ids: Sequence[uuid.UUID], cut: Sequence[Span]) -> sa.Subquery:
+def _cut_events(customer_ids: sa.ColumnElement[Any]) -> sa.Subquery:
     """Select the events of these customers within the parts of cut cells, key by key and part by part."""
     keys = customer_keys.c
-    owned = (keys.organization_id == ORGANIZATION, keys.customer_id == sa.any_(uuids(customer_ids)))
+    owned = (keys.organization_id == ORGANIZATION, keys.customer_id == sa.any_(customer_ids))
     owner = sa.select(keys.key).where(*owned).subquery("owner")
-    part = _part_rows(cut)
+    part = _part_rows()
     events = _events_of_key(owner.c.key, part.c.start, part.c.stop)
     return sa.select(events).select_from(owner.join(part, sa.true()).join(events, sa.true())).subquery("events")
 
@@ -501,37 +598,31 @@ def _of_owner(rows: sa.Subquery, names: Sequence[str]) -> sa.Select[Any]:
     )
 
 
-def _fresh(
-    metric_id: sa.ColumnElement[uuid.UUID], metrics: Sequence[BillableMetric], since: datetime
-) -> sa.ColumnElement[bool]:
-    """Condition that a metric could be read first after an instant: all its usage is new, however old its cells."""
-    fresh = [one.id for one in metrics if one.backfilled_at is not None and one.backfilled_at >= since]
-    return metric_id == sa.any_(uuids(fresh))
+def _fresh(metrics: Sequence[BillableMetric], since: datetime) -> list[uuid.UUID]:
+    """Return which metrics could be read first after an instant: all their usage is new, however old their cells."""
+    return [one.id for one in metrics if one.backfilled_at is not None and one.backfilled_at >= since]
 
 
 def _key(pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
     return [pieces.c.customer_id, pieces.c.metric_id, pieces.c.window]
 
 
-def _any(select: sa.Select[Any]) -> sa.ColumnElement[bool]:
-    # A scalar subquery with a limit is probed pair by pair, in order, until there are enough. A condition of existence
-    # the planner may turn into a join over every cell there is.
-    return select.limit(1).scalar_subquery().is_not(None)
+def _ids(name: str) -> sa.BindParameter[Any]:
+    return sa.bindparam(name, type_=ARRAY(sa.Uuid))
 
 
-def _pair_rows(pairs: Sequence[Pair]) -> Any:
+def _pair_rows() -> Any:
     return (
-        sa.func.unnest(uuids([pair.customer_id for pair in pairs]), uuids([pair.metric_id for pair in pairs]))
+        sa.func.unnest(_ids("customer_ids"), _ids("metric_ids"))
         .table_valued(sa.column("customer_id", sa.Uuid), sa.column("metric_id", sa.Uuid))
         .render_derived("pair")
     )
 
 
-def _part_rows(cut: Sequence[Span]) -> Any:
+def _part_rows() -> Any:
+    starts, stops = (sa.bindparam(name, type_=ARRAY(INSTANT)) for name in ("part_starts", "part_stops"))
     return (
-        sa.func.unnest(
-            sa.literal([start for start, _ in cut], ARRAY(INSTANT)), sa.literal([end for _, end in cut], ARRAY(INSTANT))
-        )
+        sa.func.unnest(starts, stops)
         .table_valued(sa.column("start", INSTANT), sa.column("stop", INSTANT))
         .render_derived("part")
     )
