@@ -2,10 +2,11 @@
 
 import math
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
+from operator import attrgetter
 from typing import NamedTuple
 
 from service.domain import quantities
@@ -164,14 +165,17 @@ class GroupedPosition(NamedTuple):
 
 
 class Measures(NamedTuple):
-    """What the cells of one window add up to. `counted` of a UNIQUE metric is the number of different values."""
+    """What the cells of one window add up to. `counted` of a UNIQUE metric is the number of different values.
+
+    Quantities are plain decimals, exact, as `quantities.plain` prints them.
+    """
 
     counted: int
     skipped: int
-    sum: Decimal | None
-    min: Decimal | None
-    max: Decimal | None
-    latest_value: Decimal | None
+    sum: str | None
+    min: str | None
+    max: str | None
+    latest_value: str | None
     updated_at: datetime | None
 
 
@@ -288,23 +292,24 @@ class UsagePage(NamedTuple):
 
 def value(aggregation: Aggregation, measures: Measures) -> str | None:
     """Return the aggregate as a plain decimal; None when nothing was counted."""
-    if not measures.counted:
+    return _VALUES[aggregation](measures) if measures.counted else None
+
+
+def _average(measures: Measures) -> str | None:
+    if measures.sum is None:
         return None
-    number: Decimal | None
-    match aggregation:
-        case Aggregation.COUNT | Aggregation.UNIQUE:
-            return str(measures.counted)
-        case Aggregation.SUM:
-            number = measures.sum
-        case Aggregation.AVG:
-            number = None if measures.sum is None else quantities.average(measures.sum, measures.counted)
-        case Aggregation.MIN:
-            number = measures.min
-        case Aggregation.MAX:
-            number = measures.max
-        case Aggregation.LATEST:
-            number = measures.latest_value
-    return None if number is None else quantities.plain(number)
+    return quantities.plain(quantities.average(Decimal(measures.sum), measures.counted))
+
+
+_VALUES: Mapping[Aggregation, Callable[[Measures], str | None]] = {
+    Aggregation.COUNT: lambda measures: str(measures.counted),
+    Aggregation.UNIQUE: lambda measures: str(measures.counted),
+    Aggregation.SUM: attrgetter("sum"),
+    Aggregation.AVG: _average,
+    Aggregation.MIN: attrgetter("min"),
+    Aggregation.MAX: attrgetter("max"),
+    Aggregation.LATEST: attrgetter("latest_value"),
+}
 
 
 def changed_at(metric: BillableMetric, updated_at: datetime | None) -> datetime | None:

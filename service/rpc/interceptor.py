@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import re
 import secrets
 from collections import Counter
@@ -171,7 +172,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         # Requests are decoded by us, once we know who calls and that there is room. gRPC would do it first, and answer
         # bytes that do not decode with UNKNOWN and the name of a Python class.
         decode = self._decoders.get(method, handler.request_deserializer)
-        encode = handler.response_serializer
+        encode = functools.partial(_encoded, handler.response_serializer)
         if handler.request_streaming and handler.response_streaming:
             both = self._both_stream(method, handler.stream_stream, decode)
             return grpc.stream_stream_rpc_method_handler(both, request_deserializer=None, response_serializer=encode)
@@ -277,6 +278,11 @@ def _decoded(decode: Any, raw: bytes) -> Any:
         return decode(raw)
     except DecodeError:
         raise invalid("request", Reason.MALFORMED_REQUEST, "is not a message of the expected type") from None
+
+
+def _encoded(encode: Any, answer: Any) -> bytes:
+    # Where it pays, a servicer writes its answers itself.
+    return answer if isinstance(answer, bytes) else encode(answer)
 
 
 def _answer(error: BaseException, context: Context, method: str, request_id: str) -> status_pb2.Status:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
 
@@ -36,8 +36,6 @@ from service.rpc.wire import usage as wire
 from service.store import grouped_usage as store_grouped
 from service.store import usage as store
 
-M = TypeVar("M", bound=Message)
-
 # A stream never asks for more rows than can be in what it reads at once.
 ROW_BYTES_MIN = 64
 # Windows that are written before other calls have a turn.
@@ -50,12 +48,13 @@ Place = dict[str, Any]
 
 
 class _Part(NamedTuple):
-    """Some rows of a listing as messages, and where it goes on after the one with an index, or after all of them.
+    """Some rows of a listing, each in bytes as an item of an answer, and where it goes on after the one with an index,
+    or after all of them.
 
     None = these are the last.
     """
 
-    messages: Sequence[Any]
+    rows: Sequence[bytes]
     after: Callable[[int], Place | None]
     following: Place | None
 
@@ -82,7 +81,10 @@ Read = Callable[[_Extent], Awaitable[_Part]]
 
 
 class UsageService(usage_pb2_grpc.UsageServiceServicer):
-    """Answers with usage; see usage.proto."""
+    """Answers with usage; see usage.proto.
+
+    Answers are the bytes of the messages: to make messages of many windows takes longer than to write them.
+    """
 
     def __init__(self, database: Database, tokens: PageTokens, streams: Streams) -> None:
         self._database = database
@@ -91,26 +93,30 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         self._watermark: tuple[float, datetime] | None = None
         self._watermark_turn = asyncio.Lock()
 
-    async def ListUsage(self, request: pb.ListUsageRequest, context: Context) -> pb.ListUsageResponse:
+    async def ListUsage(  # type: ignore[override]
+        self, request: pb.ListUsageRequest, context: Context
+    ) -> bytes:
         """See usage.proto."""
         read = functools.partial(_windows, self._database, organization(), wire.usage_query(request))
         return await self._page("ListUsage", request, context, read, pb.ListUsageResponse)
 
-    async def ListUsageWithGroups(
+    async def ListUsageWithGroups(  # type: ignore[override]
         self, request: pb.ListUsageWithGroupsRequest, context: Context
-    ) -> pb.ListUsageWithGroupsResponse:
+    ) -> bytes:
         """See usage.proto."""
         read = functools.partial(_grouped_windows, self._database, organization(), wire.grouped_query(request))
         return await self._page("ListUsageWithGroups", request, context, read, pb.ListUsageWithGroupsResponse)
 
-    def StreamUsage(self, request: pb.StreamUsageRequest, context: Context) -> AsyncIterator[pb.StreamUsageResponse]:
+    def StreamUsage(  # type: ignore[override]
+        self, request: pb.StreamUsageRequest, context: Context
+    ) -> AsyncIterator[bytes]:
         """See usage.proto."""
         read = functools.partial(_windows, self._database, organization(), wire.usage_query(request))
         return self._messages("StreamUsage", request, context, read, pb.StreamUsageResponse)
 
-    def StreamUsageWithGroups(
+    def StreamUsageWithGroups(  # type: ignore[override]
         self, request: pb.StreamUsageWithGroupsRequest, context: Context
-    ) -> AsyncIterator[pb.StreamUsageWithGroupsResponse]:
+    ) -> AsyncIterator[bytes]:
         """See usage.proto."""
         read = functools.partial(_grouped_windows, self._database, organization(), wire.grouped_query(request))
         return self._messages("StreamUsageWithGroups", request, context, read, pb.StreamUsageWithGroupsResponse)
@@ -121,8 +127,8 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         request: pb.ListUsageRequest | pb.ListUsageWithGroupsRequest,
         context: Context,
         read: Read,
-        response: Callable[..., M],
-    ) -> M:
+        response: Callable[..., Message],
+    ) -> bytes:
         limit = pages.page_size(request.page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         query_scope = scope(method, request)
         state = await self._tokens.decode(query_scope, request.page_token)
@@ -132,10 +138,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         token = ""
         if part.following is not None:
             token = await self._tokens.encode(query_scope, _state(part.following, moment))
-        answer: M = _answer(
-            response, part.messages, next_page_token=token, next_updated_since=timestamp(moment.watermark)
-        )
-        return answer
+        return _answer(response, part.rows, next_page_token=token, next_updated_since=timestamp(moment.watermark))
 
     async def _messages(
         self,
@@ -143,14 +146,14 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         request: pb.StreamUsageRequest | pb.StreamUsageWithGroupsRequest,
         context: Context,
         read: Read,
-        response: Callable[..., M],
-    ) -> AsyncIterator[M]:
+        response: Callable[..., Message],
+    ) -> AsyncIterator[bytes]:
         """Yield the messages of a stream. Between them it holds what it has read, and no connection."""
         query_scope = scope(method, request)
         state = await self._tokens.decode(query_scope, request.resume_token, "resume_token")
         moment = await self._moment(state)
         place = state["place"] if state else None
-        unsent: deque[M] = deque()
+        unsent: deque[bytes] = deque()
         if state and place is None:
             unsent = await self._to_messages(_Part((), _nowhere, None), query_scope, moment, response)
         with self._streams.reading():
@@ -170,13 +173,13 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
                 self._streams.check()
 
     async def _to_messages(
-        self, part: _Part, query_scope: str, moment: _Moment, response: Callable[..., M]
-    ) -> deque[M]:
+        self, part: _Part, query_scope: str, moment: _Moment, response: Callable[..., Message]
+    ) -> deque[bytes]:
         """Cut a part into messages, each with the place after it; one message without rows if there are none.
 
         Made at once: rows within a message take a fraction of the memory that they take one by one.
         """
-        found: deque[M] = deque()
+        found: deque[bytes] = deque()
         for rows, place in _cut(part):
             found.append(
                 _answer(
@@ -261,26 +264,21 @@ def _state(place: Place | None, moment: _Moment) -> dict[str, Any]:
     }
 
 
-def _answer(response: Any, rows: Any, **fields: Any) -> Any:
-    """Make an answer of rows that are messages, or bytes of the field `windows` already."""
-    if not rows or not isinstance(rows[0], bytes):
-        return response(windows=rows, **fields)
-    return response.FromString(b"".join([*rows, response(**fields).SerializeToString()]))
+def _answer(response: Callable[..., Message], rows: Sequence[bytes], **fields: Any) -> bytes:
+    """Write an answer of rows; its other fields come after them."""
+    return b"".join([*rows, response(**fields).SerializeToString()])
 
 
 def _nowhere(_: int) -> Place | None:
     return None
 
 
-def _cut(part: _Part) -> Iterator[tuple[Sequence[Message], Place | None]]:
+def _cut(part: _Part) -> Iterator[tuple[Sequence[bytes], Place | None]]:
     """Yield the rows of each message and the place after them."""
-    rows: list[Message] = []
-    size = 0
-    for i, row in enumerate(part.messages):
-        row_size = len(row) + 2 if isinstance(row, bytes) else row.ByteSize() + 4
-        if rows and size + row_size > MESSAGE_BYTES:
-            yield rows, part.after(i - 1)
-            rows, size = [], 0
-        rows.append(row)
-        size += row_size
-    yield rows, part.following
+    first, size = 0, 0
+    for i, row in enumerate(part.rows):
+        size += len(row)
+        if i > first and size > MESSAGE_BYTES:
+            yield part.rows[first:i], part.after(i - 1)
+            first, size = i, len(row)
+    yield part.rows[first:], part.following

@@ -66,11 +66,11 @@ class Compiled:
         return await connection.exec_driver_sql(*self.bound(**values))
 
     async def fetch(self, connection: AsyncConnection, **values: Any) -> Sequence[Any]:
-        """Run it with these values and return its rows as asyncpg gives them, past what SQLAlchemy makes of each."""
-        sql, given = self.bound(**values)
-        raw = await connection.get_raw_connection()
-        driver: Any = raw.driver_connection
-        rows: Sequence[Any] = await driver.fetch(sql, *given)
+        """Run it with these values and return its rows as asyncpg gives them: SQLAlchemy makes another of each."""
+        result = await self.execute(connection, **values)
+        cursor: Any = result.cursor
+        rows: Sequence[Any] = cursor.fetchall()
+        result.close()
         return rows
 
     def _processed(self, name: str, value: Any) -> Any:

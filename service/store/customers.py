@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.customers import BillingFrequency, BillingPeriod, Customer
 from service.errors import AlreadyExists, NotFound, Reason
+from service.store.compiled import Compiled
 from service.store.tables import customer_keys, customers, released_keys, violated_constraint
 
 # Claims of a key that others take and give up at the same moment.
@@ -25,6 +26,14 @@ _ALIASES = (
     .scalar_subquery()
 )
 _CUSTOMERS = sa.select(*customers.c, _ALIASES.label("aliases"))
+
+# Asked for by every usage query.
+_EXISTING = Compiled(
+    sa.select(customers.c.id).where(
+        customers.c.organization_id == sa.bindparam("organization", type_=sa.Text),
+        customers.c.id == sa.any_(sa.bindparam("ids", type_=ARRAY(sa.Uuid))),
+    )
+)
 
 
 async def create_customer(connection: AsyncConnection, organization: str, customer: Customer) -> Customer:
@@ -105,10 +114,8 @@ async def missing_customers(
     connection: AsyncConnection, organization: str, ids: Sequence[uuid.UUID]
 ) -> list[uuid.UUID]:
     """Return those of the ids that no customer has, in the order given."""
-    query = sa.select(customers.c.id).where(
-        customers.c.organization_id == organization, customers.c.id == sa.any_(sa.literal(list(ids), ARRAY(sa.Uuid)))
-    )
-    found = set((await connection.execute(query)).scalars())
+    rows = await _EXISTING.fetch(connection, organization=organization, ids=list(ids))
+    found = {row[0] for row in rows}
     return [one for one in ids if one not in found]
 
 

@@ -29,6 +29,12 @@ from service.store.tables import billable_metrics, texts, usage_cells, usage_eve
 BACKFILL_EVENTS = 20_000
 _FIELDS = "billable_metric.custom_fields"
 
+_METRICS = sa.select(
+    *(column for column in billable_metrics.c if column.name not in {"organization_id", "create_digest"})
+).where(billable_metrics.c.organization_id == cells.ORGANIZATION)
+# Asked for by every usage query, and so made once.
+_NAMED = _METRICS.where(billable_metrics.c.id == sa.any_(sa.bindparam("ids", type_=ARRAY(sa.Uuid))))
+
 
 async def create_metric(connection: AsyncConnection, organization: str, metric: BillableMetric) -> BillableMetric:
     """Store a metric, or return the stored one when it was created with the same content.
@@ -90,8 +96,8 @@ async def get_metric(connection: AsyncConnection, organization: str, metric_id: 
 
 async def get_metrics(connection: AsyncConnection, organization: str, ids: Sequence[uuid.UUID]) -> list[BillableMetric]:
     """Return the metrics with these ids, in that order; raises NotFound naming every id that has none."""
-    named = billable_metrics.c.id == sa.any_(sa.literal(list(ids), ARRAY(sa.Uuid)))
-    found = {metric.id: metric for metric in await _metrics(connection, organization, named)}
+    rows = await connection.execute(_NAMED, {"organization": organization, "ids": list(ids)})
+    found = {row.id: _metric(row) for row in rows}
     missing = ", ".join(str(one) for one in ids if one not in found)
     if missing:
         raise NotFound(
@@ -324,13 +330,8 @@ async def backfill_chunk(
 async def _metrics(
     connection: AsyncConnection, organization: str, *where: sa.ColumnElement[bool], limit: int | None = None
 ) -> list[BillableMetric]:
-    query = (
-        sa.select(*(column for column in billable_metrics.c if column.name not in {"organization_id", "create_digest"}))
-        .where(billable_metrics.c.organization_id == organization, *where)
-        .order_by(billable_metrics.c.id)
-        .limit(limit)
-    )
-    return [_metric(row) for row in await connection.execute(query)]
+    query = _METRICS.where(*where).order_by(billable_metrics.c.id).limit(limit)
+    return [_metric(row) for row in await connection.execute(query, {"organization": organization})]
 
 
 def _one(organization: str, metric_id: uuid.UUID) -> tuple[sa.ColumnElement[bool], ...]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.metrics import BillableMetric
+from service.domain.metrics import Aggregation, BillableMetric
 from service.domain.usage import (
     GROUP_VALUES_MAX,
     PAGE_BYTES_MAX,
@@ -277,14 +277,15 @@ class _Reader:
         for pair in pairs:
             selected = self.metrics[pair.metric_id]
             metric, own = selected.metric, measures.get(pair, nothing)
-            # An empty window with groups still shows those that were asked for.
-            positions = range(len(bounds)) if selected.group_by and not query.sparse else sorted(own)
             filled = {}
-            for i in positions:
+            # An empty window with groups still shows those that were asked for.
+            for i in range(len(bounds)) if selected.group_by and not query.sparse else sorted(own):
                 total = own.get(i, NOTHING)
                 if query.omit_empty and not (total.counted or total.skipped):
                     continue
-                values, truncated = _group_map(selected, groups.get((pair, i), {}))
+                values, truncated = None, False
+                if selected.group_by is not None:
+                    values, truncated = _group_map(metric.aggregation, selected.group_by, groups.get((pair, i), {}))
                 updated_at = changed_at(metric, total.updated_at)
                 filled[i] = UsageWindow(value(metric.aggregation, total), values, truncated, total.skipped, updated_at)
             shown = list(filled) if query.sparse else range(len(bounds))
@@ -329,13 +330,12 @@ class _Reader:
         return await statement.rows(self.connection, self.organization)
 
 
-def _group_map(selected: Selected, found: dict[str, Measures]) -> tuple[dict[str, str | None] | None, bool]:
+def _group_map(
+    aggregation: Aggregation, group_by: GroupBy, found: dict[str, Measures]
+) -> tuple[dict[str, str | None], bool]:
     """Return the groups of one window as shown, and whether some had to be left out."""
-    if selected.group_by is None:
-        return None, False
-    aggregation = selected.metric.aggregation
-    if selected.group_by.values:
-        return {name: value(aggregation, found.get(name, NOTHING)) for name in selected.group_by.values}, False
+    if group_by.values:
+        return {name: value(aggregation, found.get(name, NOTHING)) for name in group_by.values}, False
     shown: dict[str, str | None] = {}
     size = 0
     # Postgres ranks by bytes; Python's order of code points is the same for UTF-8.

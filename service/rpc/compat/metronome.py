@@ -137,7 +137,7 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
         self._read_windows(body, native, faults)
         raise_any(faults)
         with in_their_words(_NAMES):
-            found = await self._usage.ListUsage(native, context)
+            found = usage.ListUsageResponse.FromString(await self._usage.ListUsage(native, context))
         return usage_pb2.ListUsageResponse(
             data=[_aggregate(one, native) for one in found.windows], next_page=text_or_null(found.next_page_token)
         )
@@ -175,7 +175,8 @@ class MetronomeUsage(usage_pb2_grpc.UsageServiceServicer):
             {"group_key": "group_by.key", "group_filters": "group_by"} if body.HasField("group_by") else {}
         )
         with in_their_words(names):
-            found = await self._usage.ListUsageWithGroups(native, context)
+            answer = await self._usage.ListUsageWithGroups(native, context)
+        found = usage.ListUsageWithGroupsResponse.FromString(answer)
         return usage_pb2.ListUsageWithGroupsResponse(
             data=[_grouped_aggregate(one, key) for one in found.windows],
             next_page=text_or_null(found.next_page_token),
