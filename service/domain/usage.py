@@ -2,11 +2,10 @@
 
 import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
-from operator import attrgetter
 from typing import NamedTuple
 
 from service.domain import quantities
@@ -167,15 +166,13 @@ class GroupedPosition(NamedTuple):
 class Measures(NamedTuple):
     """What the cells of one window add up to. `counted` of a UNIQUE metric is the number of different values.
 
-    Quantities are plain decimals, exact, as `quantities.plain` prints them.
+    `quantity` is the sum (of AVG too), the least, the greatest or the latest value, exact, as `quantities.plain` prints
+    it; None for COUNT and UNIQUE.
     """
 
     counted: int
     skipped: int
-    sum: str | None
-    min: str | None
-    max: str | None
-    latest_value: str | None
+    quantity: str | None
     updated_at: datetime | None
 
 
@@ -292,24 +289,16 @@ class UsagePage(NamedTuple):
 
 def value(aggregation: Aggregation, measures: Measures) -> str | None:
     """Return the aggregate as a plain decimal; None when nothing was counted."""
-    return _VALUES[aggregation](measures) if measures.counted else None
-
-
-def _average(measures: Measures) -> str | None:
-    if measures.sum is None:
+    if not measures.counted:
         return None
-    return quantities.plain(quantities.average(Decimal(measures.sum), measures.counted))
+    if aggregation in _COUNTING:
+        return str(measures.counted)
+    if aggregation is Aggregation.AVG and measures.quantity is not None:
+        return quantities.plain(quantities.average(Decimal(measures.quantity), measures.counted))
+    return measures.quantity
 
 
-_VALUES: Mapping[Aggregation, Callable[[Measures], str | None]] = {
-    Aggregation.COUNT: lambda measures: str(measures.counted),
-    Aggregation.UNIQUE: lambda measures: str(measures.counted),
-    Aggregation.SUM: attrgetter("sum"),
-    Aggregation.AVG: _average,
-    Aggregation.MIN: attrgetter("min"),
-    Aggregation.MAX: attrgetter("max"),
-    Aggregation.LATEST: attrgetter("latest_value"),
-}
+_COUNTING = {Aggregation.COUNT, Aggregation.UNIQUE}
 
 
 def changed_at(metric: BillableMetric, updated_at: datetime | None) -> datetime | None:

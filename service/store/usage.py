@@ -49,7 +49,7 @@ PAIRS_MAX = 1_000
 PAIRS_PROBED = 5_000
 CHANGES_PROBED = 200
 
-NOTHING = Measures(0, 0, None, None, None, None, None)
+NOTHING = Measures(0, 0, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,11 +272,11 @@ class _Reader:
             return []
         measures = await self._measures(pairs, bounds)
         groups = await self._groups(pairs, bounds)
-        query, nothing = self.query, dict[int, Measures]()
+        query = self.query
         found = []
-        for pair in pairs:
+        for pair, own in zip(pairs, measures, strict=True):
             selected = self.metrics[pair.metric_id]
-            metric, own = selected.metric, measures.get(pair, nothing)
+            metric = selected.metric
             filled = {}
             # An empty window with groups still shows those that were asked for.
             for i in range(len(bounds)) if selected.group_by and not query.sparse else sorted(own):
@@ -293,25 +293,22 @@ class _Reader:
                 found.append(UsageRun(pair.customer_id, metric, bounds, first, filled, shown))
         return found
 
-    async def _measures(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[Pair, dict[int, Measures]]:
-        """Return the measures of every window with anything behind it, by pair and position in `bounds`."""
+    async def _measures(self, pairs: Sequence[Pair], bounds: Bounds) -> list[dict[int, Measures]]:
+        """Return, for each pair, the measures of the windows with anything behind them, by position in `bounds`."""
         metrics = [self.metrics[metric_id].metric for metric_id in sorted({pair.metric_id for pair in pairs})]
         rows = await self._rows(usage_sql.totals(metrics, pairs, bounds, self.query.updated_since))
-        found: dict[Pair, dict[int, Measures]] = {}
-        last: Any = None
-        own: dict[int, Measures] = {}
+        found: list[dict[int, Measures]] = [{} for _ in pairs]
         for row in rows:
-            if row[:2] != last:
-                # Rows of a pair mostly come together; to look it up for each would hash two ids each time.
-                last = row[:2]
-                own = found.setdefault(Pair(*last), {})
-            own[row[2]] = Measures._make(row[3:])
-        distinct = usage_sql.distinct_totals(metrics, pairs, bounds)
-        different: Sequence[Any] = await self._rows(distinct) if distinct is not None else ()
-        for customer_id, metric_id, window, number in different:
-            own = found.get(Pair(customer_id, metric_id), {})
-            if window in own:  # else the window did not change since the query's instant
-                own[window] = own[window]._replace(counted=number)
+            found[row[0] - 1][row[1]] = Measures._make(row[2:])
+        unique = [metric for metric in metrics if metric.aggregation is Aggregation.UNIQUE]
+        if unique:
+            ids = {metric.id for metric in unique}
+            numbers = [i for i, pair in enumerate(pairs) if pair.metric_id in ids]
+            distinct = usage_sql.distinct_totals(unique, [pairs[i] for i in numbers], bounds)
+            for number, window, different in await self._rows(distinct):
+                own = found[numbers[number - 1]]
+                if window in own:  # else the window did not change since the query's instant
+                    own[window] = own[window]._replace(counted=different)
         return found
 
     async def _groups(self, pairs: Sequence[Pair], bounds: Bounds) -> dict[tuple[Pair, int], dict[str, Measures]]:
@@ -323,7 +320,7 @@ class _Reader:
                 continue
             statement = usage_sql.group_totals(one.metric, one.group_by, GROUP_VALUES_MAX + 1, own, bounds)
             for row in await self._rows(statement):
-                found.setdefault((Pair(row[0], row[1]), row[2]), {})[row[3]] = Measures(*row[4:])
+                found.setdefault((own[row[0] - 1], row[1]), {})[row[2]] = Measures._make(row[3:])
         return found
 
     async def _rows(self, statement: usage_sql.Statement) -> Sequence[Any]:

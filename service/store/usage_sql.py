@@ -30,6 +30,7 @@ from service.store.cells import ORGANIZATION, of_records, stored_events
 from service.store.compiled import Compiled
 from service.store.tables import (
     INSTANT,
+    NUMERIC,
     customer_keys,
     customers,
     released_keys,
@@ -70,6 +71,7 @@ class Statement(NamedTuple):
         return await self.compiled.fetch(connection, organization=organization, **self.values)
 
 
+_NOBODY = sa.literal_column("'00000000-0000-0000-0000-000000000000'::uuid", sa.Uuid)
 _WHOLE = Shape(single=True, cut=False)
 _SINCE = sa.bindparam("since", type_=INSTANT)
 _FRESH = sa.bindparam("fresh", type_=ARRAY(sa.Uuid))
@@ -219,17 +221,19 @@ def _next_cell() -> Compiled:
 def totals(
     metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds, since: datetime | None
 ) -> Statement:
-    """Select what every window with a cell adds up to: customer_id, metric_id, window, and the fields of Measures.
+    """Select what every window with a cell adds up to: pair, window, and the fields of Measures.
 
-    With `since` only windows that changed from then on. `metrics` are those of the pairs; `window` is the position in
-    `bounds`. `counted` of a UNIQUE metric is the number of its values, not of the different ones. Of the other measures
-    only those that an aggregation of the metrics needs are there.
+    With `since` only windows that changed from then on. `metrics` are those of the pairs; `pair` is the position in
+    `pairs`, from 1 on, and `window` that in `bounds`. `counted` of a UNIQUE metric is the number of its values, not of
+    the different ones.
     """
     shape, values = asked(metrics, pairs, bounds)
     # Of whole cells the definitions do not matter any more.
     of_cells = tuple(metrics) if shape.cut else ()
     if since is not None:
-        values |= {"since": since, "fresh": _fresh(metrics, since)}
+        fresh = set(_fresh(metrics, since))
+        fresh_pairs = [number for number, pair in enumerate(pairs, 1) if pair.metric_id in fresh]
+        values |= {"since": since, "fresh_pairs": fresh_pairs}
     make = _totals if len(of_cells) <= KEPT_METRICS_MAX else _totals.__wrapped__
     return Statement(make(of_cells, frozenset(one.aggregation for one in metrics), shape, since is not None), values)
 
@@ -242,22 +246,19 @@ def _totals(
     key = _key(pieces)
     statement = sa.select(*key, *measures_of(aggregations, pieces)).group_by(*key)
     if changed:
-        fresh = pieces.c.metric_id == sa.any_(_FRESH)
+        # Of a pair whose metric could be read first since then everything changed, however old its cells.
+        fresh = pieces.c.pair == sa.any_(sa.bindparam("fresh_pairs", type_=ARRAY(sa.BigInteger)))
         statement = statement.having(sa.or_(sa.func.max(pieces.c.updated_at) >= _SINCE, fresh))
     return Compiled(statement)
 
 
-def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> Statement | None:
-    """Select the number of different values per window of UNIQUE metrics: customer_id, metric_id, window, number.
+def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> Statement:
+    """Select the number of different values per window of UNIQUE metrics: pair, window, number.
 
-    None if none of the metrics is UNIQUE.
+    `pairs` are of these metrics.
     """
-    unique = [metric for metric in metrics if metric.aggregation is Aggregation.UNIQUE]
-    if not unique:
-        return None
-    ids = {metric.id for metric in unique}
-    shape, values = asked(unique, [pair for pair in pairs if pair.metric_id in ids], bounds)
-    of_cells = tuple(unique) if shape.cut else ()
+    shape, values = asked(metrics, pairs, bounds)
+    of_cells = tuple(metrics) if shape.cut else ()
     make = _distinct_totals if len(of_cells) <= KEPT_METRICS_MAX else _distinct_totals.__wrapped__
     return Statement(make(of_cells, shape), values)
 
@@ -272,7 +273,7 @@ def _distinct_totals(metrics: tuple[BillableMetric, ...], shape: Shape) -> Compi
 def group_totals(
     metric: BillableMetric, group_by: GroupBy, limit: int, pairs: Sequence[Pair], bounds: Bounds
 ) -> Statement:
-    """Select what the groups of every window add up to: customer_id, metric_id, window, group_value, Measures.
+    """Select what the groups of every window add up to: pair, window, group_value, and the fields of Measures.
 
     The values asked for, or the first `limit` of each window in byte order. `pairs` are of this metric.
     """
@@ -305,7 +306,7 @@ def _group_totals(metric: BillableMetric, name: str, named: bool, shape: Shape) 
         value_key = [*_key(values), values.c.group_values[place].collate("C").label("group_value")]
         number = sa.func.count(values.c.value_digest.distinct()).label("number")
         numbers = sa.select(*value_key, number).group_by(*value_key).subquery("numbers")
-        same = [ranked.c[name] == numbers.c[name] for name in ("customer_id", "metric_id", "window", "group_value")]
+        same = [ranked.c[name] == numbers.c[name] for name in ("pair", "window", "group_value")]
         source = ranked.outerjoin(numbers, sa.and_(*same))
         columns["counted"] = sa.func.coalesce(numbers.c.number, 0)
     return Compiled(sa.select(*columns.values()).select_from(source).where(ranked.c.rank <= _LIMIT))
@@ -371,7 +372,7 @@ def any_event(pieces: sa.Subquery) -> sa.ColumnElement[bool]:
 
 
 def select_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> sa.CompoundSelect[Any]:
-    """Columns: customer_id, metric_id, window, group_values, updated_at and the MEASURES.
+    """Columns: pair (its number, from 1 on), window, group_values, updated_at and the MEASURES.
 
     It takes the values that `asked` gives. The metrics matter only where a bound cuts a cell.
     """
@@ -386,23 +387,19 @@ def select_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> sa.Compoun
         if metric.record_key is None:
             events = _cut_events(_ids(f"owners_{i}"))
             made = metric_sql.cells(metric, events, _window(events.c.timestamp, shape))
-            parts.append(_of_owner(_with_updated_at(made), _PIECE))
+            parts.append(_of_pair(_with_updated_at(made), _PIECE))
     if any(metric.record_key is not None for metric in metrics):
         # One part for all record metrics, however many.
         events = of_records(_cut_events(_ids("record_owners")))
         wanted = events.c.metric_id == sa.any_(_ids("records"))
         made = metric_sql.cells(metric_sql.RECORDS, events, _window(events.c.timestamp, shape), wanted)
-        rows = _of_owner(_with_updated_at(made), _PIECE).subquery()
-        pair = _pair_rows()
-        same = sa.and_(pair.c.customer_id == rows.c.customer_id, pair.c.metric_id == rows.c.metric_id)
-        parts.append(sa.select(rows).join(pair, same))
+        parts.append(_of_pair(_with_updated_at(made), _PIECE))
     return sa.union_all(*parts)
 
 
 def _cell_pieces(pair: Any, key: Any, cell: Any, window: sa.ColumnElement[int]) -> sa.Select[Any]:
     return sa.select(
-        pair.c.customer_id,
-        cell.c.metric_id,
+        pair.c.number.label("pair"),
         window.label("window"),
         cell.c.group_values,
         _updated_at(cell, key).label("updated_at"),
@@ -413,8 +410,8 @@ def _cell_pieces(pair: Any, key: Any, cell: Any, window: sa.ColumnElement[int]) 
     ).select_from(pair.join(key, sa.true()).join(cell, sa.true()))
 
 
-# What `select_pieces` has beside the customer.
-_PIECE = ("metric_id", "cell_start", "group_values", "updated_at", *metric_sql.MEASURES)
+# What `select_pieces` has beside the pair.
+_PIECE = ("cell_start", "group_values", "updated_at", *metric_sql.MEASURES)
 
 
 def _with_updated_at(rows: sa.Select[Any]) -> sa.Subquery:
@@ -430,8 +427,7 @@ def _cut_times(shape: Shape) -> sa.Select[Any]:
         usage_cells, key.c.key, pair.c.metric_id, usage_cells.c.cell_start == metric_sql.cell_start(part.c.start)
     )
     return sa.select(
-        pair.c.customer_id,
-        cell.c.metric_id,
+        pair.c.number.label("pair"),
         _window(part.c.start, shape).label("window"),
         cell.c.group_values,
         _updated_at(cell, key).label("updated_at"),
@@ -450,7 +446,7 @@ def _updated_at(cell: sa.FromClause, key: sa.FromClause) -> sa.ColumnElement[Any
 def select_distinct_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> sa.CompoundSelect[Any]:
     """The different values of UNIQUE metrics, as `select_pieces` gives the cells; all pairs must be of these metrics.
 
-    Columns: customer_id, metric_id, window, group_values, value_digest.
+    Columns: pair, window, group_values, value_digest.
     """
     pair = _pair_rows()
     key = keys_of(pair.c.customer_id)
@@ -459,8 +455,7 @@ def select_distinct_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> s
     one = _of_key(usage_distinct_values, key.c.key, pair.c.metric_id, *in_cell)
     parts: list[sa.Select[Any]] = [
         sa.select(
-            pair.c.customer_id,
-            cell.c.metric_id,
+            pair.c.number.label("pair"),
             _window(cell.c.cell_start, shape).label("window"),
             cell.c.group_values,
             one.c.value_digest,
@@ -469,43 +464,31 @@ def select_distinct_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> s
     for i, metric in enumerate(metrics if shape.cut else ()):
         events = _cut_events(_ids(f"owners_{i}"))
         made = metric_sql.distinct_values(metric, events, _window(events.c.timestamp, shape)).subquery()
-        parts.append(_of_owner(made, ("metric_id", "cell_start", "group_values", "value_digest")))
+        parts.append(_of_pair(made, ("cell_start", "group_values", "value_digest")))
     return sa.union_all(*parts)
 
 
 def measures_of(aggregations: Collection[Aggregation], pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
-    """Aggregate pieces to the fields of Measures; those that none of the aggregations needs are NULL."""
+    """Aggregate pieces of metrics that aggregate so to the fields of Measures."""
     columns = pieces.c
-    latest = metric_sql.latest(
-        columns.latest_value, columns.latest_at, columns.latest_transaction_id, columns.latest_at.is_not(None)
-    )
-    quantities = {
-        "sum": sa.func.sum(columns.sum),
-        "min": sa.func.min(columns.min),
-        "max": sa.func.max(columns.max),
-        "latest_value": latest,
+    made = {
+        Aggregation.SUM: sa.func.sum(columns.sum),
+        Aggregation.AVG: sa.func.sum(columns.sum),
+        Aggregation.MIN: sa.func.min(columns.min),
+        Aggregation.MAX: sa.func.max(columns.max),
+        Aggregation.LATEST: metric_sql.latest(
+            columns.latest_value, columns.latest_at, columns.latest_transaction_id, columns.latest_at.is_not(None)
+        ),
     }
-    needed = {_NEEDED[one] for one in aggregations if one in _NEEDED}
+    # The cells of a metric have but one of them, and those of COUNT and UNIQUE none.
+    quantity = sa.func.coalesce(*(one for aggregation, one in made.items() if aggregation in aggregations), sa.null())
     return [
         sa.cast(sa.func.sum(columns.counted), sa.BigInteger).label("counted"),
         sa.cast(sa.func.sum(columns.skipped), sa.BigInteger).label("skipped"),
-        *(
-            # As the text that is shown: asyncpg takes its time to make decimals, and Python to print them.
-            sa.cast(sa.func.trim_scale(one) if name in needed else sa.null(), sa.Text).label(name)
-            for name, one in quantities.items()
-        ),
+        # As the text that is shown: asyncpg takes its time to make decimals, and Python to print them.
+        sa.cast(sa.func.trim_scale(sa.cast(quantity, NUMERIC)), sa.Text).label("quantity"),
         sa.func.max(columns.updated_at).label("updated_at"),
     ]
-
-
-# Which of the measures an aggregation becomes a value of, if it is not `counted`.
-_NEEDED = {
-    Aggregation.SUM: "sum",
-    Aggregation.AVG: "sum",
-    Aggregation.MIN: "min",
-    Aggregation.MAX: "max",
-    Aggregation.LATEST: "latest_value",
-}
 
 
 def _cut(bounds: Bounds) -> list[Span]:
@@ -604,13 +587,25 @@ def _of_owner(rows: sa.Subquery, names: Sequence[str]) -> sa.Select[Any]:
     )
 
 
+def _of_pair(rows: sa.Subquery, names: Sequence[str]) -> sa.Select[Any]:
+    """Select these columns of rows that have a customer_key and a metric_id, led by the number of their pair."""
+    pair = _pair_rows()
+    owned = _of_owner(rows, ("metric_id", *names)).subquery("owned")
+    same = sa.and_(pair.c.customer_id == owned.c.customer_id, pair.c.metric_id == owned.c.metric_id)
+    # Of how many rows there are the planner knows nothing, and would look through all pairs for each. A full join is
+    # never done so; and a condition that says nothing of NULL keeps it one.
+    both = sa.and_(sa.func.coalesce(pair.c.number, 0) > 0, sa.func.coalesce(owned.c.customer_id, _NOBODY) != _NOBODY)
+    source = owned.join(pair, same, full=True)
+    return sa.select(pair.c.number.label("pair"), *(owned.c[name] for name in names)).select_from(source).where(both)
+
+
 def _fresh(metrics: Sequence[BillableMetric], since: datetime) -> list[uuid.UUID]:
     """Return which metrics could be read first after an instant: all their usage is new, however old their cells."""
     return [one.id for one in metrics if one.backfilled_at is not None and one.backfilled_at >= since]
 
 
 def _key(pieces: sa.Subquery) -> list[sa.ColumnElement[Any]]:
-    return [pieces.c.customer_id, pieces.c.metric_id, pieces.c.window]
+    return [pieces.c.pair, pieces.c.window]
 
 
 def _ids(name: str) -> sa.BindParameter[Any]:
@@ -620,7 +615,7 @@ def _ids(name: str) -> sa.BindParameter[Any]:
 def _pair_rows() -> Any:
     return (
         sa.func.unnest(_ids("customer_ids"), _ids("metric_ids"))
-        .table_valued(sa.column("customer_id", sa.Uuid), sa.column("metric_id", sa.Uuid))
+        .table_valued(sa.column("customer_id", sa.Uuid), sa.column("metric_id", sa.Uuid), with_ordinality="number")
         .render_derived("pair")
     )
 
