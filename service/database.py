@@ -6,9 +6,9 @@ It must not know what the statements are; those are in `store`.
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import asyncpg
 import sqlalchemy as sa
@@ -96,8 +96,6 @@ class Database:
             max_overflow=0,
             pool_timeout=5,
             pool_recycle=1800,
-            # After a restart of Postgres every pooled connection is dead; without the ping each would cost one call.
-            pool_pre_ping=True,
             hide_parameters=True,
             connect_args={
                 **ssl,
@@ -138,10 +136,10 @@ class Database:
         transaction. Raises ResourceExhausted when too many wait (see `Turns`), Unavailable when the database does not
         answer (the outcome is then unknown), and whatever `work` raises, after a rollback.
         """
-        bounded = _acting_for(organization, work, self._statement_timeout_s if limit_s is None else limit_s)
+        settings = _settings(organization, self._statement_timeout_s if limit_s is None else limit_s)
         limit_s = limit_s or self._transaction_timeout_s
         await self._writes.take(organization, patient=patient)
-        return await self._shielded(lambda: self._attempts(bounded, limit_s), self._writes.give_back)
+        return await self._shielded(lambda: self._attempts(settings, work, limit_s), self._writes.give_back)
 
     async def read(
         self, organization: str, work: Callable[[AsyncConnection], Awaitable[Result]], *, timeout_s: float | None = None
@@ -164,7 +162,10 @@ class Database:
     async def look_up(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
         """Run a short `work` about no organization in one snapshot, never behind callers' queries: credentials."""
         await self._lookups.acquire()
-        return await self._shielded(lambda: self._snapshot(work, TRANSACTION_TIMEOUT_S), self._lookups.release)
+        settings = _settings(None, STATEMENT_TIMEOUT_S)
+        return await self._shielded(
+            lambda: self._snapshot(settings, work, TRANSACTION_TIMEOUT_S), self._lookups.release
+        )
 
     async def background(
         self,
@@ -177,19 +178,18 @@ class Database:
 
         Without an organization it sees every one's rows: what looks for work, and operators' commands, do.
         """
-        unlimited = _acting_for(organization, work, 0)
+        unlimited = _settings(organization, 0)
         if snapshot:
-            return await self._snapshot(unlimited, BACKGROUND_TIMEOUT_S)
-        return await self._attempts(unlimited, BACKGROUND_TIMEOUT_S)
+            return await self._snapshot(unlimited, work, BACKGROUND_TIMEOUT_S)
+        return await self._attempts(unlimited, work, BACKGROUND_TIMEOUT_S)
 
     async def ping(self) -> bool:
         """Say whether the database answers now."""
         try:
-            async with asyncio.timeout(3), self.engine.connect() as connection:
-                await connection.execute(sa.select(1))
-        except DATABASE_ERRORS:
+            async with asyncio.timeout(3):
+                return await self._transaction(_settings(None, 3), _answers)
+        except (*DATABASE_ERRORS, Unavailable):
             return False
-        return True
 
     async def check(self, *, allow_unsafe: bool = False) -> None:
         """Refuse a database that is too old or could lose what was acknowledged; raises UnsafeDatabase."""
@@ -276,11 +276,13 @@ class Database:
         if not task.cancelled():
             task.exception()  # a caller that left does not fetch it; asyncio must not complain about that
 
-    async def _attempts(self, work: Callable[[AsyncConnection], Awaitable[Result]], limit_s: float) -> Result:
+    async def _attempts(
+        self, settings: "_Settings", work: Callable[[AsyncConnection], Awaitable[Result]], limit_s: float
+    ) -> Result:
         for attempt in range(1, ATTEMPTS_MAX + 1):
             try:
-                async with asyncio.timeout(limit_s), self._connected() as connection, connection.begin():
-                    return await work(connection)
+                async with asyncio.timeout(limit_s):
+                    return await self._transaction(settings, work)
             except DATABASE_ERRORS as error:
                 state = sqlstate(error)
                 if state in _DEADLOCK_OR_SERIALIZATION and attempt < ATTEMPTS_MAX:
@@ -295,34 +297,61 @@ class Database:
         self, organization: str, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float | None
     ) -> Result:
         limit_s = self._statement_timeout_s if timeout_s is None else min(self._statement_timeout_s, timeout_s)
-        return await self._snapshot(_acting_for(organization, work, max(0.001, limit_s)), self._transaction_timeout_s)
+        return await self._snapshot(_settings(organization, max(0.001, limit_s)), work, self._transaction_timeout_s)
 
-    async def _snapshot(self, work: Callable[[AsyncConnection], Awaitable[Result]], limit_s: float) -> Result:
+    async def _snapshot(
+        self, settings: "_Settings", work: Callable[[AsyncConnection], Awaitable[Result]], limit_s: float
+    ) -> Result:
         try:
-            async with asyncio.timeout(limit_s), self._connected() as connection:
-                await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-                async with connection.begin():
-                    return await work(connection)
+            async with asyncio.timeout(limit_s):
+                return await self._transaction(settings, work, **_SNAPSHOT)
         except DATABASE_ERRORS as error:
             if (told := _translated(error)) is error:
                 raise
             raise told from error
 
+    async def _transaction(
+        self, settings: "_Settings", work: Callable[[AsyncConnection], Awaitable[Result]], **options: Any
+    ) -> Result:
+        """Run `work` in one transaction with these settings, on a connection with these options."""
+        for pooled in (True, False):
+            begun = False
+            try:
+                async with self._connected() as connection:
+                    if options:
+                        await connection.execution_options(**options)
+                    async with connection.begin():
+                        await settings.statement.execute(connection, **settings.values)
+                        begun = True
+                        return await work(connection)
+            except sa.exc.DBAPIError as error:
+                # One that died in the pool, as all do when Postgres restarts, shows before anything was asked of it and
+                # has the others thrown away. To ask each time if it lives would cost as much as a query.
+                if begun or not pooled or not error.connection_invalidated:
+                    raise
+        raise AssertionError("unreachable")
 
-def _acting_for(
-    organization: str | None, work: Callable[[AsyncConnection], Awaitable[Result]], timeout_s: float
-) -> Callable[[AsyncConnection], Awaitable[Result]]:
-    """Return `work` with its transaction bound to an organization (None = all), its statements to a time (0 = any)."""
 
-    async def bound(connection: AsyncConnection) -> Result:
-        timeout = str(max(1, int(timeout_s * 1000)) if timeout_s else 0)
-        if organization is None:
-            await _LIMITED.execute(connection, timeout=timeout)
-        else:
-            await _BOUND.execute(connection, organization=organization, timeout=timeout)
-        return await work(connection)
+class _Settings(NamedTuple):
+    """What a transaction begins with."""
 
-    return bound
+    statement: Compiled
+    values: Mapping[str, str]
+
+
+_SNAPSHOT = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+
+
+def _settings(organization: str | None, timeout_s: float) -> _Settings:
+    """Bind a transaction to an organization (None = all), and its statements to a time (0 = any)."""
+    timeout = str(max(1, int(timeout_s * 1000)) if timeout_s else 0)
+    if organization is None:
+        return _Settings(_LIMITED, {"timeout": timeout})
+    return _Settings(_BOUND, {"organization": organization, "timeout": timeout})
+
+
+async def _answers(_: AsyncConnection) -> bool:
+    return True
 
 
 def _parsed(url: str) -> tuple[sa.URL, dict[str, str]]:

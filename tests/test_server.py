@@ -600,6 +600,40 @@ async def closed_database(database_url: str, postgres: EmbeddedPostgres) -> Asyn
         await connection.execute(sa.text(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true'))
 
 
+async def test_connections_that_died_in_the_pool_cost_no_call(database_url: str, postgres: EmbeddedPostgres) -> None:
+    """When Postgres ended every pooled connection, as a restart does, the next calls of every kind succeed."""
+    name = sa.make_url(database_url).database
+    ended = sa.text("SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHERE datname = :name")
+    database = Database(database_url)
+
+    async def number(connection: Any) -> int:
+        await asyncio.sleep(0.05)  # so that those at once are on connections of their own
+        found: int = (await connection.execute(sa.text("SELECT 1"))).scalar_one()
+        return found
+
+    def calls() -> list[Any]:
+        kinds = [
+            *(database.write("default", number) for _ in range(4)),
+            *(database.read("default", number) for _ in range(4)),
+            *(database.read_ahead("default", number) for _ in range(2)),
+            *(database.look_up(number) for _ in range(2)),
+            *(database.background(number) for _ in range(1)),
+            *(database.background(number, snapshot=True) for _ in range(1)),
+        ]
+        return kinds
+
+    try:
+        async with engine_of(postgres.url, isolation_level="AUTOCOMMIT") as engine, engine.connect() as connection:
+            assert await asyncio.gather(*calls()) == [1] * 14
+            for _ in range(3):
+                assert (await connection.execute(ended, {"name": name})).scalar_one() >= 10
+                assert await asyncio.gather(*calls()) == [1] * 14
+            assert (await connection.execute(ended, {"name": name})).scalar_one() >= 10
+            assert await database.ping()
+    finally:
+        await database.close()
+
+
 async def test_health_tells_the_process_from_its_database(
     database_url: str, postgres: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:

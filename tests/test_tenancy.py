@@ -236,6 +236,8 @@ READS: list[tuple[str, dict[str, Any]]] = [
     ("ListUsageRecordReports", {}),
     ("ListUsageRecordReports", {"entitlement_id": ENTITLEMENT}),
     ("ListUsageRecordReports", {"buyer_id": "b"}),
+    # In the last hour of a day the report of the next hour is tomorrow's.
+    ("ListUsageRecordReports", {"end_date": f"{datetime.now(UTC) + timedelta(days=1):%Y-%m-%d}"}),
     ("metronome.ListUsage", day_of()),
     (
         "metronome.ListUsage",

@@ -38,6 +38,8 @@ from service.store import usage as store
 
 # A stream never asks for more rows than can be in what it reads at once.
 ROW_BYTES_MIN = 64
+# Of a message, for its token and times: as a whole it should be no more than a client's flow control lets in at once.
+_FIELDS_BYTES = 1_024
 # Windows that are written before other calls have a turn.
 _WRITTEN_AT_ONCE = 1_000
 # A watermark stays right as it grows old, it only gives more than is needed; so it is not asked for with every call.
@@ -278,7 +280,7 @@ def _cut(part: _Part) -> Iterator[tuple[Sequence[bytes], Place | None]]:
     first, size = 0, 0
     for i, row in enumerate(part.rows):
         size += len(row)
-        if i > first and size > MESSAGE_BYTES:
+        if i > first and size > MESSAGE_BYTES - _FIELDS_BYTES:
             yield part.rows[first:i], part.after(i - 1)
             first, size = i, len(row)
     yield part.rows[first:], part.following

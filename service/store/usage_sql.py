@@ -71,7 +71,6 @@ class Statement(NamedTuple):
         return await self.compiled.fetch(connection, organization=organization, **self.values)
 
 
-_NOBODY = sa.literal_column("'00000000-0000-0000-0000-000000000000'::uuid", sa.Uuid)
 _WHOLE = Shape(single=True, cut=False)
 _SINCE = sa.bindparam("since", type_=INSTANT)
 _FRESH = sa.bindparam("fresh", type_=ARRAY(sa.Uuid))
@@ -593,8 +592,8 @@ def _of_pair(rows: sa.Subquery, names: Sequence[str]) -> sa.Select[Any]:
     owned = _of_owner(rows, ("metric_id", *names)).subquery("owned")
     same = sa.and_(pair.c.customer_id == owned.c.customer_id, pair.c.metric_id == owned.c.metric_id)
     # Of how many rows there are the planner knows nothing, and would look through all pairs for each. A full join is
-    # never done so; and a condition that says nothing of NULL keeps it one.
-    both = sa.and_(sa.func.coalesce(pair.c.number, 0) > 0, sa.func.coalesce(owned.c.customer_id, _NOBODY) != _NOBODY)
+    # never done so; and this condition, unlike IS NOT NULL, does not let the planner make it another.
+    both = sa.func.num_nulls(pair.c.number, owned.c.customer_id) == sa.literal_column("0")
     source = owned.join(pair, same, full=True)
     return sa.select(pair.c.number.label("pair"), *(owned.c[name] for name in names)).select_from(source).where(both)
 
