@@ -241,6 +241,9 @@ class UsageRun:
 
     def parts(self, count: int) -> Iterator["UsageRun"]:
         """Yield the run in parts of at most so many windows."""
+        if len(self) <= count:
+            yield self
+            return
         for start in range(0, len(self), count):
             positions = self.positions[start : start + count]
             filled = {position: self.filled[position] for position in positions if position in self.filled}
