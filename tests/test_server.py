@@ -612,7 +612,7 @@ async def test_connections_that_died_in_the_pool_cost_no_call(database_url: str,
         return found
 
     def calls() -> list[Any]:
-        kinds = [
+        return [
             *(database.write("default", number) for _ in range(4)),
             *(database.read("default", number) for _ in range(4)),
             *(database.read_ahead("default", number) for _ in range(2)),
@@ -620,7 +620,6 @@ async def test_connections_that_died_in_the_pool_cost_no_call(database_url: str,
             *(database.background(number) for _ in range(1)),
             *(database.background(number, snapshot=True) for _ in range(1)),
         ]
-        return kinds
 
     try:
         async with engine_of(postgres.url, isolation_level="AUTOCOMMIT") as engine, engine.connect() as connection:

@@ -6,10 +6,16 @@ Absolute times tell of the machine and of who else is on it; ratios of sides tha
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 Answer = TypeVar("Answer")
+
+
+# What tells how many seconds of processor each process has taken.
+_cpu: ContextVar[Callable[[], Mapping[str, float]]] = ContextVar("cpu", default=dict)
 
 
 class WrongAnswer(Exception):
@@ -17,11 +23,14 @@ class WrongAnswer(Exception):
 
 
 class Work(NamedTuple):
-    """What one run of a side did: so many items in so many seconds, and how long each single call took."""
+    """What one run of a side did: so many items in so many seconds, how long each single call took, and how many
+    seconds of processor each process took meanwhile, as far as that is known.
+    """
 
     done: int
     seconds: float
     waits: Sequence[float] = ()
+    cpu: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Summary:
-    """All runs of a side. Rates are items a second, waits seconds, `cpu` seconds of processor per item by process."""
+    """All runs of a side. Rates are items a second, waits seconds."""
 
     name: str
     runs: Sequence[Work]
-    cpu: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rates(self) -> list[float]:
@@ -49,6 +57,13 @@ class Summary:
     def rate(self) -> float:
         """The median rate."""
         return statistics.median(self.rates)
+
+    @property
+    def cpu(self) -> Mapping[str, float]:
+        """Seconds of processor per item, by process."""
+        items = max(1, sum(one.done for one in self.runs))
+        processes = dict.fromkeys(process for one in self.runs for process in one.cpu)
+        return {process: sum(one.cpu.get(process, 0.0) for one in self.runs) / items for process in processes}
 
     def wait(self, percent: float) -> float:
         """Return the percentile of the waits of all runs together."""
@@ -130,9 +145,12 @@ async def compare(
     cpu: Callable[[], Mapping[str, float]],
     progress: Callable[[str], None],
 ) -> Result:
-    """Run every side once to warm up, then all of them in turns, each time in another order."""
+    """Run every side once to warm up, then all of them in turns, each time in another order.
+
+    `cpu` tells how much processor each process has taken so far; stopwatches ask it.
+    """
+    _cpu.set(cpu)
     runs: dict[str, list[Work]] = {side.name: [] for side in comparison.sides}
-    spent: dict[str, dict[str, float]] = {side.name: {} for side in comparison.sides}
     for side in comparison.sides:
         progress(f"{comparison.title}: warming up {side.name}")
         await side.run()
@@ -141,22 +159,15 @@ async def compare(
         turn = number % len(comparison.sides)
         for side in (*comparison.sides[turn:], *comparison.sides[:turn]):
             progress(f"{comparison.title}: round {number + 1} of {rounds}, {side.name}")
-            before = cpu()
             runs[side.name].append(await side.run())
-            for process, seconds in cpu().items():
-                kept = spent[side.name]
-                kept[process] = kept.get(process, 0.0) + seconds - before.get(process, seconds)
-    summaries = {}
-    for name, of_side in runs.items():
-        items = max(1, sum(one.done for one in of_side))
-        summaries[name] = Summary(name, of_side, {process: used / items for process, used in spent[name].items()})
-    return Result(comparison, summaries)
+    return Result(comparison, {name: Summary(name, of_side) for name, of_side in runs.items()})
 
 
 class Stopwatch:
-    """Seconds from its making, and of single waits."""
+    """Seconds from its making, of the clock and of the processors, and of single waits."""
 
     def __init__(self) -> None:
+        self._cpu_before = _cpu.get()()
         self._began = time.perf_counter()
         self.waits: list[float] = []
 
@@ -164,6 +175,13 @@ class Stopwatch:
     def seconds(self) -> float:
         """Seconds since the beginning."""
         return time.perf_counter() - self._began
+
+    def done(self, number: int) -> Work:
+        """Return what was done until now: so many items. What comes later, as checking, is not part of it."""
+        seconds, before = self.seconds, self._cpu_before
+        # One that was not there at the beginning was not at work for all of it.
+        taken = {process: now - before[process] for process, now in _cpu.get()().items() if process in before}
+        return Work(number, seconds, self.waits, taken)
 
     async def timed(self, call: Awaitable[Answer]) -> Answer:
         """Wait for a call and note how long that took."""

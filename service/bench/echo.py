@@ -5,8 +5,10 @@
 
 import argparse
 import asyncio
+import functools
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,17 +20,33 @@ from service.server import grpc_options
 SERVICE = "metering.bench.Echo"
 EMPTY = f"/{SERVICE}/Empty"
 REPLAY = f"/{SERVICE}/Replay"
+_LENGTH_BYTES = 4
 
 
 async def _empty(_request: bytes, _context: Any) -> bytes:
     return b""
 
 
-async def _replay(request: bytes, context: Any) -> AsyncIterator[bytes]:
-    from service.bench.streams import replay_handler
-
-    async for message in replay_handler(request, context):
+async def _replay(request: bytes, _context: Any) -> AsyncIterator[bytes]:
+    """Send the messages of the file whose path the request is."""
+    for message in kept(Path(request.decode())):
         yield message
+
+
+def keep(path: Path, messages: Sequence[bytes]) -> None:
+    """Write the messages that are to be replayed."""
+    path.write_bytes(b"".join(len(one).to_bytes(_LENGTH_BYTES) + one for one in messages))
+
+
+@functools.lru_cache(maxsize=1)
+def kept(path: Path) -> Sequence[bytes]:
+    """Read them again."""
+    content, found, at = path.read_bytes(), [], 0
+    while at < len(content):
+        end = at + _LENGTH_BYTES + int.from_bytes(content[at : at + _LENGTH_BYTES])
+        found.append(content[at + _LENGTH_BYTES : end])
+        at = end
+    return found
 
 
 async def serve(address: str, ready: Callable[[str], None]) -> None:

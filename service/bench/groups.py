@@ -28,8 +28,8 @@ BATCH = 1_000
 PAGE = 1_000
 ENTITLEMENTS = 50
 LISTED_DAYS = 28
-# So many pages make a run, and where they hold next to nothing so many times as many.
-PAGES, SHORT_TIMES = 24, 10
+# Where pages hold next to nothing, so many times as many of them make a run.
+SHORT_TIMES = 10
 # One of so many groups has what the rare filter asks for.
 RARE = 10_000
 PRODUCT, DIMENSION = "bench", "cpu"
@@ -50,7 +50,7 @@ class _Market:
     customers: Sequence[str]
 
 
-async def groups(ground: Ground, reported: int, listed: int, pages: int = PAGES) -> AsyncIterator[Comparison]:
+async def groups(ground: Ground, reported: int, listed: int, pages: int) -> AsyncIterator[Comparison]:
     """Compare batches of so many groups, and lists over so many."""
     async with ground.server() as server:
         batches = _Batches(ground, server, await _market(ground, server), reported)
@@ -174,7 +174,7 @@ class _Batches:
         run = secrets.token_hex(4)
         queue = iter([request.replace(_RUN.encode(), run.encode()) for request in self.requests])
         results: list[Any] = []
-        async with connections(self.server, clients) as channels:
+        async with connections([self.server], clients) as channels:
             watch, metadata = Stopwatch(), self.market.tenant.metadata
 
             async def client(channel: grpc.aio.Channel) -> None:
@@ -185,7 +185,7 @@ class _Batches:
                     )
 
             await asyncio.gather(*map(client, channels))
-            work = Work(len(self.ids), watch.seconds, watch.waits)
+            work = watch.done(len(self.ids))
         must_be("ids of results", sorted(one.id for one in results), [one.replace(_RUN, run) for one in self.ids])
         return run, results, work
 
@@ -208,11 +208,11 @@ class _Batches:
                 await connection.copy_records_to_table(
                     "usage_record_groups", records=rows[start : start + BATCH], columns=_COLUMNS
                 )
-            seconds = watch.seconds
+            work = watch.done(len(rows))
         finally:
             await connection.close()
         await self._check_stored(run, records=0)
-        return Work(len(rows), seconds)
+        return work
 
     async def _check_stored(self, run: str, *, records: int, groups: int | None = None) -> None:
         """Require so many groups (None = all) and records of a run, and as many events as records."""
@@ -243,6 +243,10 @@ class _Asked:
 
 
 _Filter = tuple[dict[str, Any], str, tuple[Any, ...]]
+
+
+_Page = Callable[[], tuple[list[str], int]]
+"""What looks into an answer: the ids of its groups, and the number of their records."""
 
 
 class _Lists:
@@ -317,18 +321,17 @@ class _Lists:
 
     async def calls(self, asked: Sequence[_Asked], callers: int) -> Work:
         """Read pages over the API."""
-        async with connections(self.server, callers) as channels:
+        async with connections([self.server], callers) as channels:
 
-            def page(channel: grpc.aio.Channel) -> Callable[[_Asked], Awaitable[list[str]]]:
+            def page(channel: grpc.aio.Channel) -> Callable[[_Asked], Awaitable[_Page]]:
                 send = unary(channel, "UsageRecordGroupService/ListUsageRecordGroups", pb.ListUsageRecordGroupsResponse)
 
-                async def ids(one: _Asked) -> list[str]:
+                async def read(one: _Asked) -> _Page:
                     answer = await send(one.request, metadata=self.market.tenant.metadata, timeout=CALL_TIMEOUT_S)
-                    records = sum(len(group.usage_records) for group in answer.usage_record_groups)
-                    must_be("records of a page", records, len(one.ids))
-                    return [group.id for group in answer.usage_record_groups]
+                    groups = answer.usage_record_groups
+                    return lambda: ([group.id for group in groups], sum(len(group.usage_records) for group in groups))
 
-                return ids
+                return read
 
             return await _read(self._pages(asked), [page(channel) for channel in channels])
 
@@ -337,8 +340,8 @@ class _Lists:
         opened = [await self.ground.bare() for _ in range(connections)]
         try:
 
-            def page(connection: "asyncpg.Connection[Any]") -> Callable[[_Asked], Awaitable[list[str]]]:
-                async def ids(one: _Asked) -> list[str]:
+            def page(connection: "asyncpg.Connection[Any]") -> Callable[[_Asked], Awaitable[_Page]]:
+                async def read(one: _Asked) -> _Page:
                     organization = self.market.tenant.organization
                     query = (
                         f"SELECT page.*, buyer_id FROM ({_page('*', one.condition)}) AS page JOIN customers "  # noqa: S608
@@ -348,10 +351,9 @@ class _Lists:
                     rows = await connection.fetch(query, organization, *one.values)
                     found = [row["id"] for row in rows]
                     records = await connection.fetch(_RECORDS, organization, found)
-                    must_be("records of a page", len(records), len(one.ids))
-                    return found
+                    return lambda: (found, len(records))
 
-                return ids
+                return read
 
             return await _read(self._pages(asked), [page(connection) for connection in opened])
         finally:
@@ -359,16 +361,23 @@ class _Lists:
                 await connection.close()
 
 
-async def _read(pages: Sequence[_Asked], readers: Sequence[Callable[[_Asked], Awaitable[list[str]]]]) -> Work:
-    """Read pages, each reader one after the other, and require of each what it must have."""
+async def _read(pages: Sequence[_Asked], readers: Sequence[Callable[[_Asked], Awaitable[_Page]]]) -> Work:
+    """Read pages, each reader one after the other, then require of each what it must have."""
+    answers: list[tuple[_Asked, _Page]] = []
     watch, queue = Stopwatch(), iter(pages)
 
-    async def reading(read: Callable[[_Asked], Awaitable[list[str]]]) -> None:
+    async def reading(read: Callable[[_Asked], Awaitable[_Page]]) -> None:
         for one in queue:
-            must_be("groups of a page", await watch.timed(read(one)), one.ids)
+            answers.append((one, await watch.timed(read(one))))
 
     await asyncio.gather(*map(reading, readers))
-    return Work(len(pages), watch.seconds, watch.waits)
+    work = watch.done(len(pages))
+    must_be("pages", len(answers), len(pages))
+    for one, page in answers:
+        ids, records = page()
+        must_be("groups of a page", ids, one.ids)
+        must_be("records of a page", records, len(one.ids))
+    return work
 
 
 def _page(columns: str, condition: str) -> str:

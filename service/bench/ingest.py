@@ -125,16 +125,16 @@ def metrics(number: int) -> list[metric_pb.BillableMetric]:
 class Bench:
     """One event set on its way in by different ways, each run into an organization of its own."""
 
-    def __init__(self, ground: Ground, server: Server, events: Events, metrics_number: int) -> None:
+    def __init__(self, ground: Ground, servers: Sequence[Server], events: Events, metrics_number: int) -> None:
         self.ground = ground
-        self.server = server
+        self.servers = servers
         self.events = events
         self.metrics = metrics_number
 
     async def tenant(self) -> Tenant:
         """Make an organization with the metrics."""
         tenant = await self.ground.tenant()
-        await create_metrics(self.server, tenant, metrics(self.metrics))
+        await create_metrics(self.servers[0], tenant, metrics(self.metrics))
         return tenant
 
     async def calls(self, clients: int) -> Work:
@@ -142,7 +142,7 @@ class Bench:
         tenant = await self.tenant()
         requests, _ = self.events.of_run()
         answers: list[pb.IngestEventsResponse] = []
-        async with connections(self.server, clients) as channels:
+        async with connections(self.servers, clients) as channels:
             watch, queue = Stopwatch(), iter(requests)
 
             async def client(channel: grpc.aio.Channel) -> None:
@@ -151,16 +151,16 @@ class Bench:
                     answers.append(await watch.timed(send(request, metadata=tenant.metadata, timeout=CALL_TIMEOUT_S)))
 
             await asyncio.gather(*map(client, channels))
-            seconds = watch.seconds
+            work = watch.done(self.events.sent)
         await self.check(tenant, [verdict for answer in answers for verdict in answer.verdicts])
-        return Work(self.events.sent, seconds, watch.waits)
+        return work
 
     async def streams(self, clients: int) -> Work:
         """Send the batches by StreamEvents, each client with up to STREAM_UNANSWERED on the way."""
         tenant = await self.tenant()
         requests, _ = self.events.of_run()
         verdicts: list[int] = []
-        async with connections(self.server, clients) as channels:
+        async with connections(self.servers, clients) as channels:
             shares = [requests[i::clients] for i in range(clients)]
             # A StreamEventsRequest is an IngestEventsRequest with its events in field 2 and a number in field 1.
             numbered = [[_numbered(sequence, request) for sequence, request in enumerate(share, 1)] for share in shares]
@@ -189,9 +189,9 @@ class Bench:
                 await sending
 
             await asyncio.gather(*map(client, channels, numbered))
-            seconds = watch.seconds
+            work = watch.done(self.events.sent)
         await self.check(tenant, verdicts)
-        return Work(self.events.sent, seconds, watch.waits)
+        return work
 
     async def copy(self) -> Work:
         """COPY the rows into the table itself, over one connection, batch by batch as they come."""
@@ -204,12 +204,12 @@ class Bench:
             watch = Stopwatch()
             for batch in batches:
                 await connection.copy_records_to_table("usage_events", records=batch, columns=_COLUMNS)
-            seconds = watch.seconds
+            work = watch.done(self.events.different)
             stored = await connection.fetchval(
                 "SELECT count(*) FROM usage_events WHERE organization_id = $1", organization
             )
             must_be("copied rows", stored, self.events.different)
-        return Work(self.events.different, seconds)
+        return work
 
     async def statements(self, connections: int, transaction: int) -> Work:
         """Send the service's own statements by bare asyncpg, so many events in a transaction."""
@@ -229,7 +229,7 @@ class Bench:
                 await connection.execute(str(CreateTable(incoming_events).compile(dialect=postgresql.dialect())))  # type: ignore[no-untyped-call]
             watch, queue = Stopwatch(), iter(parts)
 
-            async def work(connection: "asyncpg.Connection[Any]") -> None:
+            async def send(connection: "asyncpg.Connection[Any]") -> None:
                 for part in queue:
                     async with connection.transaction():
                         await event_store.copy_events(connection, part)
@@ -240,11 +240,11 @@ class Bench:
                             await connection.execute(sql, *values)
                     accepted.extend(new)
 
-            await asyncio.gather(*map(work, open_connections))
-            seconds = watch.seconds
+            await asyncio.gather(*map(send, open_connections))
+            work = watch.done(self.events.sent)
         must_be("accepted rows", len(accepted), self.events.different)
         await self.check(tenant, None)
-        return Work(self.events.sent, seconds)
+        return work
 
     async def check(self, tenant: Tenant, verdicts: Sequence[int] | None) -> None:
         """Require that every event got its verdict, and that every aggregate is exact."""
@@ -297,7 +297,7 @@ async def batches(ground: Ground, number: int) -> AsyncIterator[Comparison]:
             ("3 metrics, a group per event", many, 3),
             ("3 metrics, 20 % duplicates", draw(number, duplicates=0.2), 3),
         ):
-            bench = Bench(ground, server, events, count)
+            bench = Bench(ground, [server], events, count)
             sides = [
                 Side("IngestEvents, 1 client", functools.partial(bench.calls, 1)),
                 Side("IngestEvents, 4 clients", functools.partial(bench.calls, 4)),
@@ -341,9 +341,9 @@ def _numbered(sequence: int, request: bytes) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def connections(server: Server, number: int) -> AsyncIterator[list[grpc.aio.Channel]]:
-    """Open connections that are ready before the clock runs."""
-    channels = [connect(server.address) for _ in range(number)]
+async def connections(servers: Sequence[Server], number: int) -> AsyncIterator[list[grpc.aio.Channel]]:
+    """Open connections, to each server in turn, that are ready before the clock runs."""
+    channels = [connect(servers[i % len(servers)].address) for i in range(number)]
     try:
         for channel in channels:
             await channel.channel_ready()

@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -15,8 +15,8 @@ import grpc
 from metering.v1 import event_pb2
 from metering.v1 import usage_pb2 as pb
 from service.bench import Comparison, Side, Stopwatch, Work, at_least, must_be
-from service.bench.ground import CALL_TIMEOUT_S, Ground, Server, create_customers, unary
-from service.bench.ingest import Bench, Events, connections, draw
+from service.bench.ground import CALL_TIMEOUT_S, Ground, create_customers, unary
+from service.bench.ingest import Bench, connections, draw
 
 STREAMS = 8
 CALLERS = 16
@@ -26,41 +26,30 @@ ONE, TWO = "1 process", "2 processes"
 FACTOR = 1.6
 
 
-class _Spread(Server):
-    """Several servers on one database as one: connections go to each in turn."""
-
-    def __init__(self, servers: Sequence[Server]) -> None:
-        self._addresses = itertools.cycle([one.address for one in servers])
-        self.channel = servers[0].channel
-
-    @property
-    def address(self) -> str:  # type: ignore[override]  # another one each time
-        """The address of the next one."""
-        return next(self._addresses)
-
-
 class _Load(Bench):
     """What is done to one process or to several: streams of events, and questions about them."""
 
-    def __init__(self, ground: Ground, server: Server, events: Events) -> None:
-        super().__init__(ground, server, events, METRICS)
-
     async def queries(self, loaded: "_Loaded", calls: int) -> Work:
         """Ask for a customer's hours of both metrics, all callers at once."""
-        async with connections(self.server, CALLERS) as channels:
+        answers: list[tuple[int, pb.ListUsageResponse]] = []
+        async with connections(self.servers, CALLERS) as channels:
             watch, queue = Stopwatch(), iter(range(calls))
 
             async def caller(channel: grpc.aio.Channel) -> None:
                 ask = unary(channel, "UsageService/ListUsage", pb.ListUsageResponse)
                 for i in queue:
-                    request, expected = loaded.questions[i % len(loaded.questions)]
-                    answer = await watch.timed(ask(request, metadata=loaded.metadata, timeout=CALL_TIMEOUT_S))
-                    must_be("windows", len(answer.windows), HOURS * METRICS)
-                    found = sum((Decimal(one.value) for one in answer.windows if one.HasField("value")), Decimal())
-                    must_be("usage of a customer, both metrics together", found, expected)
+                    request, _ = loaded.questions[i % len(loaded.questions)]
+                    asked = ask(request, metadata=loaded.metadata, timeout=CALL_TIMEOUT_S)
+                    answers.append((i, await watch.timed(asked)))
 
             await asyncio.gather(*map(caller, channels))
-            return Work(calls, watch.seconds, watch.waits)
+            work = watch.done(calls)
+        must_be("answers", len(answers), calls)
+        for i, answer in answers:
+            must_be("windows", len(answer.windows), HOURS * METRICS)
+            found = sum((Decimal(one.value) for one in answer.windows if one.HasField("value")), Decimal())
+            must_be("usage of a customer, both metrics together", found, loaded.questions[i % len(loaded.questions)][1])
+        return work
 
 
 class _Loaded:
@@ -75,11 +64,12 @@ class _Loaded:
         tenant = await bench.tenant()
         self.metadata = tenant.metadata
         requests, rows = bench.events.of_run()
-        send = unary(bench.server.channel, "EventService/IngestEvents", event_pb2.IngestEventsResponse)
+        server = bench.servers[0]
+        send = unary(server.channel, "EventService/IngestEvents", event_pb2.IngestEventsResponse)
         for request in requests:
             await send(request, metadata=tenant.metadata, timeout=CALL_TIMEOUT_S)
         keys = [f"customer-{i:04d}" for i in range(customers)]
-        ids = await create_customers(bench.server, tenant, keys)
+        ids = await create_customers(server, tenant, keys)
         totals = dict.fromkeys(keys, Decimal())
         for event in itertools.chain.from_iterable(rows):
             if event.customer_key in totals:
@@ -97,7 +87,9 @@ async def scaling(ground: Ground, number: int, calls: int) -> AsyncIterator[Comp
     events = draw(number)
     async with AsyncExitStack() as stack:
         first, second = [await stack.enter_async_context(ground.server()) for _ in range(2)]
-        loads = {ONE: _Load(ground, first, events), TWO: _Load(ground, _Spread([first, second]), events)}
+        loads = {
+            name: _Load(ground, servers, events, METRICS) for name, servers in ((ONE, [first]), (TWO, [first, second]))
+        }
         notes = [
             f"{os.cpu_count()} cores for the client, the servers and Postgres together: where all of them are busy, it "
             "is the cores that hold a second process back. The connections are spread over both processes evenly."

@@ -25,7 +25,7 @@ class _Small(Bench):
     """Many callers at once, each with one event after the other."""
 
     def __init__(self, ground: Ground, server: Server, echo: Server, events: Events) -> None:
-        super().__init__(ground, server, events, METRICS)
+        super().__init__(ground, [server], events, METRICS)
         self.echo = echo
 
     async def ingest(self) -> Work:
@@ -38,7 +38,7 @@ class _Small(Bench):
             for request in queue:
                 answers.append(await watch.timed(send(request, metadata=tenant.metadata, timeout=CALL_TIMEOUT_S)))
 
-        work = await _called(self.server, requests, caller)
+        work = await _called(self.servers[0], requests, caller)
         await self.check(tenant, [verdict for answer in answers for verdict in answer.verdicts])
         return work
 
@@ -62,10 +62,10 @@ class _Small(Bench):
 
 async def _called(server: Server, requests: Sequence[bytes], caller: _Caller) -> Work:
     """Let all callers take from the same requests until there are none left."""
-    async with connections(server, CHANNELS) as channels:
+    async with connections([server], CHANNELS) as channels:
         watch, queue = Stopwatch(), iter(requests)
         await asyncio.gather(*(caller(channels[i % CHANNELS], watch, queue) for i in range(CALLERS)))
-        return Work(len(requests), watch.seconds, watch.waits)
+        return watch.done(len(requests))
 
 
 async def calls(ground: Ground, number: int) -> AsyncIterator[Comparison]:

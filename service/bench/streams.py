@@ -13,10 +13,10 @@ import grpc
 
 from metering.v1 import usage_pb2 as pb
 from service.bench import Comparison, Side, Stopwatch, Summary, Target, Work, at_least, must_be
+from service.bench.echo import REPLAY, keep, kept
 from service.bench.ground import CALL_TIMEOUT_S, Ground, Server
 from service.bench.usage import CUSTOMERS, START, Loaded, load
 
-WINDOWS = 10**6
 # Most that the windows are made of; ten windows for each event at least.
 EVENTS = 10**5
 SLOW_CLIENTS = 50
@@ -36,29 +36,8 @@ _SMALL_WINDOWS = (
     ("grpc.max_receive_message_length", 16 * _MIB),
     ("grpc.use_local_subchannel_pool", 1),
 )
-_LENGTH_BYTES = 4
 
 Metadata = tuple[tuple[str, str], ...]
-
-
-async def replay_handler(request: bytes, _context: Any) -> AsyncIterator[bytes]:
-    """Send the messages of the file whose path the request is; for the server that the service is set against."""
-    for message in _kept(request.decode()):
-        yield message
-
-
-@functools.lru_cache(maxsize=1)
-def _kept(path: str) -> Sequence[bytes]:
-    content, found, at = Path(path).read_bytes(), [], 0
-    while at < len(content):
-        end = at + _LENGTH_BYTES + int.from_bytes(content[at : at + _LENGTH_BYTES])
-        found.append(content[at + _LENGTH_BYTES : end])
-        at = end
-    return found
-
-
-def _keep(path: Path, messages: Sequence[bytes]) -> None:
-    path.write_bytes(b"".join(len(one).to_bytes(_LENGTH_BYTES) + one for one in messages))
 
 
 class _Streamed:
@@ -85,7 +64,7 @@ class _Streamed:
 
     async def service(self) -> Work:
         """Read it from the service."""
-        messages, seconds = await _read(self.server.channel, _STREAM, self.request, self.loaded.tenant.metadata)
+        messages, work = await self._read(self.server, _STREAM, self.request, self.loaded.tenant.metadata)
         parsed = [pb.StreamUsageResponse.FromString(one) for one in messages]
         must_be("windows", sum(len(one.windows) for one in parsed), self.windows)
         counted = sum(int(window.value or 0) for one in parsed for window in one.windows)
@@ -93,13 +72,22 @@ class _Streamed:
         must_be("number of complete messages", [one.complete for one in parsed].count(True), 1)
         must_be("the last message is complete", parsed[-1].complete, True)
         self.messages = messages
-        return Work(self.windows, seconds)
+        return work
 
     async def echo(self, server: Server, method: str, path: Path) -> Work:
         """Read what the service sent from a server that only sends it."""
-        messages, seconds = await _read(server.channel, method, str(path).encode(), ())
-        must_be("messages of the echo are those of the service", messages == list(_kept(str(path))), True)
-        return Work(self.windows, seconds)
+        messages, work = await self._read(server, method, str(path).encode(), ())
+        must_be("messages of the echo are those of the service", messages == list(kept(path)), True)
+        return work
+
+    async def _read(self, server: Server, method: str, request: bytes, metadata: Metadata) -> tuple[list[bytes], Work]:
+        """Read a stream to its end as bytes; the same for whoever sends it."""
+        open_stream: Any = server.channel.unary_stream(method)
+        messages: list[bytes] = []
+        watch = Stopwatch()
+        async for message in open_stream(request, metadata=metadata, timeout=CALL_TIMEOUT_S):
+            messages.append(message)
+        return messages, watch.done(self.windows)
 
     async def slow(self) -> Work:
         """Let clients read slowly, and tell how much memory the server has more at the most, in MiB."""
@@ -146,29 +134,13 @@ class _Streamed:
         return found
 
 
-async def _read(
-    channel: grpc.aio.Channel, method: str, request: bytes, metadata: Metadata
-) -> tuple[list[bytes], float]:
-    """Read a stream to its end as bytes; the same for whoever sends it."""
-    open_stream: Any = channel.unary_stream(method)
-    messages: list[bytes] = []
-    watch = Stopwatch()
-    async for message in open_stream(request, metadata=metadata, timeout=CALL_TIMEOUT_S):
-        messages.append(message)
-    return messages, watch.seconds
-
-
 def _windows(messages: Sequence[bytes]) -> list[tuple[str, int, str]]:
     parsed = (pb.StreamUsageResponse.FromString(one) for one in messages)
     return [(one.customer_id, one.starting_on.seconds, one.value) for message in parsed for one in message.windows]
 
 
-async def streams(
-    ground: Ground, windows: int = WINDOWS, *, progress: Callable[[str], None]
-) -> AsyncIterator[Comparison]:
+async def streams(ground: Ground, windows: int, *, progress: Callable[[str], None]) -> AsyncIterator[Comparison]:
     """Compare a stream of usage with one of the same messages, then let many clients read slowly."""
-    from service.bench.echo import REPLAY  # it takes `replay_handler` from here
-
     async with ground.server() as server, ground.server(module=("service.bench.echo",)) as echo:
         loaded = await load(ground, server, min(EVENTS, max(1_000, windows // 10)), progress, ["COUNT"])
         streamed = _Streamed(server, loaded, windows)
@@ -176,7 +148,7 @@ async def streams(
         await streamed.service()
         with tempfile.TemporaryDirectory(prefix="metering-bench-") as directory:
             path = Path(directory) / "messages"
-            _keep(path, streamed.messages)
+            keep(path, streamed.messages)
             yield Comparison(
                 f"stream: {streamed.windows:,} windows to one client",
                 "windows/s",
@@ -185,6 +157,9 @@ async def streams(
                 [at_least(SERVICE, ECHO, 0.50)],
                 [f"{len(streamed.messages):,} messages, {sum(map(len, streamed.messages)):,} bytes."],
             )
+        if server.pid is None:
+            progress("stream: the memory of a server that was not started here is not measured")
+            return
         yield Comparison(
             f"stream: memory with {SLOW_CLIENTS} clients that read a message in {SLOW_READ_S:g} s",
             "MiB",

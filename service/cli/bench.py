@@ -383,7 +383,6 @@ def _table(found: Mapping[str, Any]) -> "Table":
             *(_number(side["rate"][one]) for one in ("median", "min", "max")),
             *((_number(waits.get(f"p{one}")) for one in _PERCENTILES) if with_waits else ()),
             *(_number(side["cpu_us"].get(process)) for process in processes),
-            # Preparing and checking, outside of the time, included.
             _number(_cores(side)),
             *(_number(side["ratios"][limit]["value"] if limit in side["ratios"] else None) for limit in limits),
             style="dim" if side["is_limit"] else None,
@@ -391,10 +390,10 @@ def _table(found: Mapping[str, Any]) -> "Table":
     return table
 
 
-def _cores(side: Mapping[str, Any]) -> float:
-    """Return how many cores were busy, with what was done outside of the time as if it had been done within."""
+def _cores(side: Mapping[str, Any]) -> float | None:
+    """Return how many cores were busy; None = not known."""
     done, seconds = (sum(one[name] for one in side["runs"]) for name in ("done", "seconds"))
-    return float(sum(side["cpu_us"].values()) / 1e6 * done / seconds)
+    return float(sum(side["cpu_us"].values()) / 1e6 * done / seconds) if side["cpu_us"] else None
 
 
 def _number(value: float | None) -> str:
