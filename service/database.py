@@ -162,7 +162,7 @@ class Database:
     async def look_up(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
         """Run a short `work` about no organization in one snapshot, never behind callers' queries: credentials."""
         await self._lookups.acquire()
-        settings = _settings(None, STATEMENT_TIMEOUT_S)
+        settings = _settings(None, self._statement_timeout_s)
         return await self._shielded(
             lambda: self._snapshot(settings, work, TRANSACTION_TIMEOUT_S), self._lookups.release
         )
@@ -185,11 +185,14 @@ class Database:
 
     async def ping(self) -> bool:
         """Say whether the database answers now."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(3):
-                return await self._transaction(_settings(None, 3), _answers)
-        except (*DATABASE_ERRORS, Unavailable):
-            return False
+                for _ in range(2):  # a connection of the pool may have died
+                    with contextlib.suppress(*DATABASE_ERRORS):
+                        async with self.engine.connect() as connection:
+                            await connection.execute(sa.select(1))
+                            return True
+        return False
 
     async def check(self, *, allow_unsafe: bool = False) -> None:
         """Refuse a database that is too old or could lose what was acknowledged; raises UnsafeDatabase."""
@@ -348,10 +351,6 @@ def _settings(organization: str | None, timeout_s: float) -> _Settings:
     if organization is None:
         return _Settings(_LIMITED, {"timeout": timeout})
     return _Settings(_BOUND, {"organization": organization, "timeout": timeout})
-
-
-async def _answers(_: AsyncConnection) -> bool:
-    return True
 
 
 def _parsed(url: str) -> tuple[sa.URL, dict[str, str]]:

@@ -340,6 +340,31 @@ async def test_when_a_second_transaction_begins(
     assert set((await call).verdicts) == {ACCEPTED}
 
 
+async def test_calls_on_their_way_in_share_a_transaction(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that come some turns of the loop after one another are stored by one transaction, though it could begin."""
+    monkeypatch.setattr("service.ingest.GATHERING_S", 60)  # the machine may be busy
+    stored: list[int] = []
+    insert_events = event_store.insert_events
+
+    async def counted(*given: Any) -> set[str]:
+        stored.append(len(given[3]))
+        return await insert_events(*given)
+
+    monkeypatch.setattr(event_store, "insert_events", counted)
+    ingest = Ingest(database, TimeLimits())
+
+    async def call(i: int) -> list[domain.Outcome]:
+        for _ in range(2 * i):
+            await asyncio.sleep(0)
+        item = wire.event(event(f"e{i}"))
+        assert not isinstance(item, tuple) or isinstance(item, domain.Event)
+        return await ingest.ingest("default", Batch([item]))
+
+    outcomes = await asyncio.gather(*map(call, range(10)))
+    assert [one.verdict for found in outcomes for one in found] == [domain.Verdict.ACCEPTED] * 10
+    assert stored == [10]
+
+
 async def _cancellation_seen(client: Client) -> None:
     # Frames of one connection are handled in order: once a later call is answered, the cancellation was seen.
     await client.customers.ListCustomers(customer_pb2.ListCustomersRequest())

@@ -3,9 +3,11 @@
 Absolute times tell of the machine and of who else is on it; ratios of sides that ran in turns tell of the service.
 """
 
+import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -195,3 +197,13 @@ def must_be(what: str, found: object, expected: object) -> None:
     """Raise WrongAnswer unless they are equal."""
     if found != expected:
         raise WrongAnswer(f"{what} must be {expected!r} and is {found!r}")
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Keep the client's garbage collector, which may have much to look at, out of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -9,7 +9,7 @@ import importlib
 import itertools
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -19,7 +19,7 @@ import asyncpg
 
 from metering.v1 import billable_metric_pb2 as metric_pb
 from metering.v1 import usage_pb2 as pb
-from service.bench import Comparison, Side, Stopwatch, Summary, Target, Work, at_least, must_be
+from service.bench import Comparison, Side, Stopwatch, Summary, Target, Work, at_least, must_be, without_collection
 from service.bench.ground import CALL_TIMEOUT_S, Ground, Server, Tenant, create_customers, create_metrics, unary
 
 CUSTOMERS = 500
@@ -282,7 +282,7 @@ class _Asked:
         async def run() -> Work:
             asked = list(itertools.islice(customers, calls))
             answers = []
-            with _without_collection():
+            with without_collection():
                 watch = Stopwatch()
                 for customer in asked:
                     answers.append(await watch.timed(ask(customer)))
@@ -601,16 +601,6 @@ def _clickhouse(loads: Sequence[Loaded], say: Say) -> Any:
             yield query
         finally:
             opened.close()
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Keep the client's garbage collector, which may have much to look at, out of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _table(loaded: Loaded) -> str:

@@ -38,7 +38,7 @@ from service.store import usage as store
 
 # A stream never asks for more rows than can be in what it reads at once.
 ROW_BYTES_MIN = 64
-# Of a message, for its token and times: as a whole it should be no more than a client's flow control lets in at once.
+# Of a message, for its token and times: mostly it is then no more than a client's flow control lets in at once.
 _FIELDS_BYTES = 1_024
 # Windows that are written before other calls have a turn.
 _WRITTEN_AT_ONCE = 1_000

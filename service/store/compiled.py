@@ -1,6 +1,7 @@
 """Statements that are worked out once and sent many times, for as long as the metrics in them stay what they are."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -8,10 +9,15 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.domain.metrics import BillableMetric
+
 Worked = TypeVar("Worked")
 
 # How many metrics the results kept may be made of; each takes some tens of kilobytes.
 METRICS_KEPT_MAX = 5_000
+# The same for one kind of usage statement. So few metrics are a statement within milliseconds.
+PER_METRICS_MAX = 1_000
+_MADE_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +61,12 @@ class Compiled:
         self._names: Sequence[str] = compiled.positiontup or ()
         self._processors: Mapping[str, Any] = compiled._bind_processors
         self._fixed = {name: self._processed(name, value) for name, value in compiled.params.items()}
+        self._required = frozenset(name for name, bind in compiled.binds.items() if bind.required)
 
     def bound(self, **values: Any) -> tuple[str, tuple[Any, ...]]:
         """Return its SQL, and what asyncpg is to be given for the parameters when the named ones have these values."""
+        if missing := self._required - values.keys():
+            raise TypeError(f"not given: {', '.join(sorted(missing))}")  # it would be NULL, and find nothing
         given = self._fixed | {name: self._processed(name, value) for name, value in values.items()}
         return self._sql, tuple(given[name] for name in self._names)
 
@@ -76,3 +85,25 @@ class Compiled:
     def _processed(self, name: str, value: Any) -> Any:
         processor = self._processors.get(name)
         return processor(value) if processor and value is not None else value
+
+
+class PerMetrics:
+    """Keeps the statements that a function makes of metrics and of more; those least used are dropped."""
+
+    def __init__(self, make: Callable[..., Compiled]) -> None:
+        self._make = make
+        self._kept: dict[tuple[Any, ...], Compiled] = {}
+
+    async def get(self, metrics: tuple[BillableMetric, ...], *more: Hashable) -> Compiled:
+        """Return the statement for these."""
+        key = (metrics, *more)
+        compiled = self._kept.pop(key, None)
+        if compiled is None and len(metrics) > _MADE_AT_ONCE:
+            # Other calls must not wait for it.
+            compiled = await asyncio.to_thread(self._make, *key)
+        elif compiled is None:
+            compiled = self._make(*key)
+        self._kept[key] = compiled
+        while len(self._kept) > 1 and sum(len(one[0]) + 1 for one in self._kept) > PER_METRICS_MAX:
+            del self._kept[next(iter(self._kept))]
+        return compiled

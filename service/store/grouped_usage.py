@@ -3,7 +3,7 @@
 import asyncio
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -129,7 +129,7 @@ class _Reader:
         query = self.query
         shape, values = usage_sql.asked([self.metric], [self.pair], bounds)
         wanted = _Selection(
-            replace(self.metric, backfilled_at=None),
+            self.metric,
             shape,
             query.group_key,
             frozenset(query.filters),
@@ -243,7 +243,8 @@ def _rows(wanted: _Selection) -> Compiled:
     combination of the filters' values that no group matches; without filters that is one row, without values, for a
     window without groups. `counted` of a UNIQUE metric is the number of its values, not of the different ones.
     """
-    pieces = wanted.keyed(usage_sql.select_pieces([wanted.metric], wanted.shape))
+    metrics, with_records = usage_sql.defined([wanted.metric], cut=wanted.shape.cut)
+    pieces = wanted.keyed(usage_sql.select_pieces(metrics, wanted.shape, with_records=with_records))
     groups = sa.select(*wanted.key(pieces), *usage_sql.measures_of({wanted.metric.aggregation}, pieces))
     groups = groups.group_by(*wanted.key(pieces))
     if wanted.changed:

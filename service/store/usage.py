@@ -249,7 +249,7 @@ class _Reader:
             return Pairs((), None)
         metrics = [one.metric for one in self.metrics.values()]
         span = (query.windows.start, query.windows.end)
-        statement = usage_sql.pairs_with_usage(metrics, span, customer_ids, least, PAIRS_MAX, query.updated_since)
+        statement = await usage_sql.pairs_with_usage(metrics, span, customer_ids, least, PAIRS_MAX, query.updated_since)
         pairs = [Pair(row[0], row[1]) for row in await self._rows(statement)]
         if len(pairs) == PAIRS_MAX:
             return Pairs(pairs, Position.after_pair(*pairs[-1]))
@@ -296,7 +296,7 @@ class _Reader:
     async def _measures(self, pairs: Sequence[Pair], bounds: Bounds) -> list[dict[int, Measures]]:
         """Return, for each pair, the measures of the windows with anything behind them, by position in `bounds`."""
         metrics = [self.metrics[metric_id].metric for metric_id in sorted({pair.metric_id for pair in pairs})]
-        rows = await self._rows(usage_sql.totals(metrics, pairs, bounds, self.query.updated_since))
+        rows = await self._rows(await usage_sql.totals(metrics, pairs, bounds, self.query.updated_since))
         found: list[dict[int, Measures]] = [{} for _ in pairs]
         for row in rows:
             found[row[0] - 1][row[1]] = Measures._make(row[2:])
@@ -304,7 +304,7 @@ class _Reader:
         if unique:
             ids = {metric.id for metric in unique}
             numbers = [i for i, pair in enumerate(pairs) if pair.metric_id in ids]
-            distinct = usage_sql.distinct_totals(unique, [pairs[i] for i in numbers], bounds)
+            distinct = await usage_sql.distinct_totals(unique, [pairs[i] for i in numbers], bounds)
             for number, window, different in await self._rows(distinct):
                 own = found[numbers[number - 1]]
                 if window in own:  # else the window did not change since the query's instant
@@ -315,8 +315,10 @@ class _Reader:
         """Return the measures per value of the group key of every window with any; one value more than is shown."""
         found: dict[tuple[Pair, int], dict[str, Measures]] = {}
         for one in self.metrics.values():
+            if one.group_by is None:
+                continue
             own = [pair for pair in pairs if pair.metric_id == one.metric.id]
-            if one.group_by is None or not own:
+            if not own:
                 continue
             statement = usage_sql.group_totals(one.metric, one.group_by, GROUP_VALUES_MAX + 1, own, bounds)
             for row in await self._rows(statement):

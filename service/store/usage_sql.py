@@ -7,8 +7,8 @@ window to window, are right for any window.
 Further pieces hold nothing but a time, at which what is behind a window changed: those of cut cells, and of cells under
 a key that the customer gave up.
 
-The text of a statement depends on the metrics and the `Shape` of what is asked, never on its values. It is worked out
-once and kept: to make it anew takes SQLAlchemy several times as long as Postgres takes to answer it.
+The text of a statement depends on the metrics and on what kind of answer is wanted (see `Shape`), never on its values.
+It is worked out once and kept: to make it anew takes SQLAlchemy several times as long as Postgres takes to answer it.
 """
 
 import functools
@@ -27,7 +27,7 @@ from service.domain.usage import GroupBy
 from service.domain.windows import CELL, cell_ceil, cell_floor
 from service.store import metric_sql
 from service.store.cells import ORGANIZATION, of_records, stored_events
-from service.store.compiled import Compiled
+from service.store.compiled import Compiled, PerMetrics
 from service.store.tables import (
     INSTANT,
     NUMERIC,
@@ -75,10 +75,8 @@ _WHOLE = Shape(single=True, cut=False)
 _SINCE = sa.bindparam("since", type_=INSTANT)
 _FRESH = sa.bindparam("fresh", type_=ARRAY(sa.Uuid))
 _LIMIT = sa.bindparam("limit", type_=sa.Integer)
-# Statements kept of each kind, and of how many metrics one may be: each takes some tens of kilobytes, and what the
-# metrics' filters name.
+# Statements about one metric that are kept, of each kind.
 KEPT_MAX = 100
-KEPT_METRICS_MAX = 8
 
 
 def next_customers(
@@ -107,7 +105,7 @@ def _next_customers(named: bool, changed: bool) -> Compiled:
     )
 
 
-def pairs_with_usage(
+async def pairs_with_usage(
     metrics: Sequence[BillableMetric],
     span: Span,
     customer_ids: Sequence[uuid.UUID],
@@ -135,9 +133,8 @@ def pairs_with_usage(
     values |= {"part_starts": [start for start, _ in cut], "part_stops": [stop for _, stop in cut]}
     for i, part in enumerate(cut):
         values |= {f"start_{i}": part[0], f"stop_{i}": part[1]}
-    of_cells = tuple(metrics) if cut else ()
-    make = _pairs_with_usage if len(of_cells) <= KEPT_METRICS_MAX else _pairs_with_usage.__wrapped__
-    return Statement(make(of_cells, len(cut)), values)
+    compiled = await _PAIRS_WITH_USAGE.get(*defined(metrics, cut=bool(cut)), len(cut))
+    return Statement(compiled, values)
 
 
 @functools.lru_cache
@@ -148,8 +145,7 @@ def _pairs_changed() -> Compiled:
     return _pairs_where(metric, _exists(metric, key, cell, changed))
 
 
-@functools.lru_cache(KEPT_MAX)
-def _pairs_with_usage(metrics: tuple[BillableMetric, ...], parts: int) -> Compiled:
+def _pairs_with_usage(metrics: Sequence[BillableMetric], with_records: bool, parts: int) -> Compiled:
     metric, key = _candidates()
     filled = sa.or_(usage_cells.c.counted > 0, usage_cells.c.skipped > 0)
     cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(_WHOLE), filled)
@@ -158,10 +154,9 @@ def _pairs_with_usage(metrics: tuple[BillableMetric, ...], parts: int) -> Compil
         start, stop = (sa.bindparam(f"{name}_{i}", type_=INSTANT) for name in ("start", "stop"))
         events = _events_of_key(key.c.key, start, stop)
         for one in metrics:
-            if one.record_key is None:
-                in_part = _exists(metric, key, events, key.c.held, metric_sql.matches(one, events))
-                found.append(sa.and_(metric.c.id == one.id, in_part))
-    if any(one.record_key is not None for one in metrics):
+            in_part = _exists(metric, key, events, key.c.held, metric_sql.matches(one, events))
+            found.append(sa.and_(metric.c.id == one.id, in_part))
+    if with_records:
         # Of all record metrics, however many, at once.
         records = of_records(_cut_events(_ids("customer_ids")))
         made = sa.select(records).where(metric_sql.matches(metric_sql.RECORDS, records)).subquery()
@@ -217,7 +212,7 @@ def _next_cell() -> Compiled:
     return Compiled(sa.select(sa.func.min(cell.c.cell_start)).select_from(key.join(cell, sa.true())))
 
 
-def totals(
+async def totals(
     metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds, since: datetime | None
 ) -> Statement:
     """Select what every window with a cell adds up to: pair, window, and the fields of Measures.
@@ -227,21 +222,23 @@ def totals(
     the different ones.
     """
     shape, values = asked(metrics, pairs, bounds)
-    # Of whole cells the definitions do not matter any more.
-    of_cells = tuple(metrics) if shape.cut else ()
     if since is not None:
         fresh = set(_fresh(metrics, since))
         fresh_pairs = [number for number, pair in enumerate(pairs, 1) if pair.metric_id in fresh]
         values |= {"since": since, "fresh_pairs": fresh_pairs}
-    make = _totals if len(of_cells) <= KEPT_METRICS_MAX else _totals.__wrapped__
-    return Statement(make(of_cells, frozenset(one.aggregation for one in metrics), shape, since is not None), values)
+    aggregations = frozenset(one.aggregation for one in metrics)
+    compiled = await _TOTALS.get(*defined(metrics, cut=shape.cut), aggregations, shape, since is not None)
+    return Statement(compiled, values)
 
 
-@functools.lru_cache(KEPT_MAX)
 def _totals(
-    metrics: tuple[BillableMetric, ...], aggregations: Collection[Aggregation], shape: Shape, changed: bool
+    metrics: Sequence[BillableMetric],
+    with_records: bool,
+    aggregations: Collection[Aggregation],
+    shape: Shape,
+    changed: bool,
 ) -> Compiled:
-    pieces = select_pieces(metrics, shape).subquery("pieces")
+    pieces = select_pieces(metrics, shape, with_records=with_records).subquery("pieces")
     key = _key(pieces)
     statement = sa.select(*key, *measures_of(aggregations, pieces)).group_by(*key)
     if changed:
@@ -251,19 +248,16 @@ def _totals(
     return Compiled(statement)
 
 
-def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> Statement:
+async def distinct_totals(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> Statement:
     """Select the number of different values per window of UNIQUE metrics: pair, window, number.
 
     `pairs` are of these metrics.
     """
     shape, values = asked(metrics, pairs, bounds)
-    of_cells = tuple(metrics) if shape.cut else ()
-    make = _distinct_totals if len(of_cells) <= KEPT_METRICS_MAX else _distinct_totals.__wrapped__
-    return Statement(make(of_cells, shape), values)
+    return Statement(await _DISTINCT_TOTALS.get(tuple(metrics) if shape.cut else (), shape), values)
 
 
-@functools.lru_cache(KEPT_MAX)
-def _distinct_totals(metrics: tuple[BillableMetric, ...], shape: Shape) -> Compiled:
+def _distinct_totals(metrics: Sequence[BillableMetric], shape: Shape) -> Compiled:
     values = select_distinct_pieces(metrics, shape).subquery("values")
     key = _key(values)
     return Compiled(sa.select(*key, sa.func.count(values.c.value_digest.distinct())).group_by(*key))
@@ -284,7 +278,8 @@ def group_totals(
 @functools.lru_cache(KEPT_MAX)
 def _group_totals(metric: BillableMetric, name: str, named: bool, shape: Shape) -> Compiled:
     place = metric.group_properties.index(name) + 1
-    pieces = select_pieces([metric], shape).subquery("pieces")
+    metrics, with_records = defined([metric], cut=shape.cut)
+    pieces = select_pieces(metrics, shape, with_records=with_records).subquery("pieces")
     group_value = pieces.c.group_values[place].collate("C")
     wanted: sa.ColumnElement[bool] = group_value.is_not(None)
     if named:
@@ -311,6 +306,22 @@ def _group_totals(metric: BillableMetric, name: str, named: bool, shape: Shape) 
     return Compiled(sa.select(*columns.values()).select_from(source).where(ranked.c.rank <= _LIMIT))
 
 
+_PAIRS_WITH_USAGE = PerMetrics(_pairs_with_usage)
+_TOTALS = PerMetrics(_totals)
+_DISTINCT_TOTALS = PerMetrics(_distinct_totals)
+
+
+def defined(metrics: Sequence[BillableMetric], *, cut: bool) -> tuple[tuple[BillableMetric, ...], bool]:
+    """Return what the text of a statement depends on: the metrics that are not of records, and if there are others.
+
+    Of whole cells neither matters.
+    """
+    if not cut:
+        return (), False
+    of_events = tuple(metric for metric in metrics if metric.record_key is None)
+    return of_events, len(of_events) < len(metrics)
+
+
 def asked(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Bounds) -> tuple[Shape, dict[str, Any]]:
     """Return the shape of windows of pairs, and what statements of `select_pieces` are given for them.
 
@@ -329,11 +340,15 @@ def asked(metrics: Sequence[BillableMetric], pairs: Sequence[Pair], bounds: Boun
         values["first"], values["last"] = cell_ceil(bounds[0][0]), cell_floor(bounds[-1][1])
         values["cut_cells"] = sorted({cell_floor(start) for start, _ in cut})
         values["part_starts"], values["part_stops"] = [start for start, _ in cut], [stop for _, stop in cut]
-        for i, metric in enumerate(metrics):
-            values[f"owners_{i}"] = [pair.customer_id for pair in pairs if pair.metric_id == metric.id]
-        records = {metric.id for metric in metrics if metric.record_key is not None}
-        values["records"] = sorted(records)
-        values["record_owners"] = sorted({pair.customer_id for pair in pairs if pair.metric_id in records})
+        owners: dict[uuid.UUID, list[uuid.UUID]] = {}
+        for pair in pairs:
+            owners.setdefault(pair.metric_id, []).append(pair.customer_id)
+        of_events, _ = defined(metrics, cut=True)
+        for i, metric in enumerate(of_events):
+            values[f"owners_{i}"] = owners.get(metric.id, [])
+        records = [metric.id for metric in metrics if metric.record_key is not None]
+        values["records"] = records
+        values["record_owners"] = sorted({one for metric_id in records for one in owners.get(metric_id, ())})
     return Shape(len(bounds) == 1, bool(cut)), values
 
 
@@ -370,10 +385,10 @@ def any_event(pieces: sa.Subquery) -> sa.ColumnElement[bool]:
     return sa.func.sum(pieces.c.counted + pieces.c.skipped) > 0
 
 
-def select_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> sa.CompoundSelect[Any]:
+def select_pieces(metrics: Sequence[BillableMetric], shape: Shape, *, with_records: bool) -> sa.CompoundSelect[Any]:
     """Columns: pair (its number, from 1 on), window, group_values, updated_at and the MEASURES.
 
-    It takes the values that `asked` gives. The metrics matter only where a bound cuts a cell.
+    It takes the values that `asked` gives. Where no bound cuts a cell the metrics do not matter (see `defined`).
     """
     pair = _pair_rows()
     key = keys_of(pair.c.customer_id)
@@ -383,11 +398,10 @@ def select_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> sa.Compoun
         return sa.union_all(*parts)
     parts.append(_cut_times(shape))
     for i, metric in enumerate(metrics):
-        if metric.record_key is None:
-            events = _cut_events(_ids(f"owners_{i}"))
-            made = metric_sql.cells(metric, events, _window(events.c.timestamp, shape))
-            parts.append(_of_pair(_with_updated_at(made), _PIECE))
-    if any(metric.record_key is not None for metric in metrics):
+        events = _cut_events(_ids(f"owners_{i}"))
+        made = metric_sql.cells(metric, events, _window(events.c.timestamp, shape))
+        parts.append(_of_pair(_with_updated_at(made), _PIECE))
+    if with_records:
         # One part for all record metrics, however many.
         events = of_records(_cut_events(_ids("record_owners")))
         wanted = events.c.metric_id == sa.any_(_ids("records"))
