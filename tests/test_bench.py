@@ -43,7 +43,7 @@ TITLES = {
     "ingest-batch": ["3 metrics, 20 % duplicates"],
     "ingest-small": ["one event per call"],
     "usage-query": ["(a) 1 customer, 31 days HOUR, SUM"],
-    "stream": ["windows to one client"],
+    "stream": ["windows to one client", "memory with 50 clients"],
     "groups": ["batches of 1,000", "by meta_info that is rare"],
     "scaling": ["8 StreamEvents clients", "16 concurrent ListUsage callers"],
 }

