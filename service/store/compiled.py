@@ -97,11 +97,13 @@ class PerMetrics:
     async def get(self, metrics: tuple[BillableMetric, ...], *more: Hashable) -> Compiled:
         """Return the statement for these."""
         key = (metrics, *more)
-        compiled = self._kept.pop(key, None)
-        if compiled is None and len(metrics) > _MADE_AT_ONCE:
+        if (kept := self._kept.pop(key, None)) is not None:
+            self._kept[key] = kept
+            return kept
+        if len(metrics) > _MADE_AT_ONCE:
             # Other calls must not wait for it.
             compiled = await asyncio.to_thread(self._make, *key)
-        elif compiled is None:
+        else:
             compiled = self._make(*key)
         self._kept[key] = compiled
         while len(self._kept) > 1 and sum(len(one[0]) + 1 for one in self._kept) > PER_METRICS_MAX:
