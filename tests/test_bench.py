@@ -162,7 +162,7 @@ async def place(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
 async def test_lost_events_are_found(place: Ground, database_url: str) -> None:
     """A side is wrong if an event is not stored, is not counted, is answered otherwise, or counts twice."""
     async with place.server("--allow-unsafe-database") as server:
-        bench = Bench(place, server, draw(200, batch=100), 2)
+        bench = Bench(place, [server], draw(200, batch=100), 2)
         await bench.calls(2)
         await bench.streams(2)
         await bench.statements(1, 100)
@@ -173,7 +173,7 @@ async def test_lost_events_are_found(place: Ground, database_url: str) -> None:
                 return requests[:-1], [rows[0], rows[1][:-1]]
 
         losing = Losing(*(getattr(bench.events, field.name) for field in dataclasses.fields(Events)))
-        lossy = Bench(place, server, losing, 2)
+        lossy = Bench(place, [server], losing, 2)
         for run in (lossy.calls(1), lossy.streams(1), lossy.copy(), lossy.statements(1, 100)):
             with pytest.raises(WrongAnswer):
                 await run
@@ -188,7 +188,7 @@ async def test_lost_events_are_found(place: Ground, database_url: str) -> None:
 async def test_deleted_row_is_found(place: Ground) -> None:
     """An event that is acknowledged and gone, or a sum that is off by one, is found in the database."""
     async with place.server("--allow-unsafe-database") as server:
-        bench = Bench(place, server, draw(100, batch=100), 2)
+        bench = Bench(place, [server], draw(100, batch=100), 2)
         original, tenants = bench.check, []
 
         async def kept(tenant: Any, verdicts: Any) -> None:
