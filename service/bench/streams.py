@@ -128,7 +128,10 @@ class _Streamed:
         while watch.seconds < SLOW_S:
             message = await call.read()
             if not isinstance(message, bytes):
-                break  # a short one came to its end
+                # A short one may come to its end.
+                whole = bool(found) and pb.StreamUsageResponse.FromString(found[-1]).complete
+                must_be("the stream goes on, or is complete", whole, True)
+                break
             found.append(message)
             await asyncio.sleep(SLOW_READ_S)
         call.cancel()
