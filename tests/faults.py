@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import grpc
 import pytest
+import sqlalchemy as sa
 from google.rpc import error_details_pb2, status_pb2
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 # Words that only a leaked exception, statement or path would bring into an answer.
 LEAK = re.compile(rb"sqlalchemy|asyncpg|INSERT|SELECT|/usr/|Traceback|psycopg|postgres", re.IGNORECASE)
@@ -76,6 +78,22 @@ def read_fault(error: grpc.aio.AioRpcError) -> Fault:
         request_id=next((str(value) for key, value in trailers if key == "x-request-id"), None),
         trailers_size=size,
     )
+
+
+async def until_waiting(engine: AsyncEngine, number: int = 1) -> None:
+    """Wait until this many connections of a database wait for a lock that another one holds.
+
+    Each look is a transaction of its own: within one, Postgres shows only the connections that were there at its first.
+    """
+    waiting = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+
+    async def seen() -> bool:
+        async with engine.connect() as connection:
+            return (await connection.execute(waiting)).scalar_one() == number
+
+    await until(seen)
 
 
 async def until(condition: Callable[[], Any], seconds: float = 20) -> None:

@@ -152,7 +152,7 @@ async def received(call: Any, number: int | None = None, pause: float = 0) -> tu
 
 
 async def idle_transactions(database: Database) -> int:
-    """How many sessions of the database hold a transaction and do nothing."""
+    """How many connections of the database hold a transaction and do nothing."""
     query = sa.text(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in transaction%'"
     )

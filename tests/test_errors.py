@@ -12,7 +12,7 @@ import grpc
 import pytest
 import sqlalchemy as sa
 from conftest import Client, event, running_server, timestamp
-from faults import LEAK, Fault, fault_of, read_fault, until
+from faults import LEAK, Fault, fault_of, read_fault, until, until_waiting
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.struct_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -423,12 +423,7 @@ async def test_an_organization_has_its_limit(database_url: str, database: Databa
         async with database.engine.begin() as connection:
             await organizations.lock_exclusive(connection, "default")
             first = asyncio.ensure_future(client.events.IngestEvents(request, metadata=own))
-            waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-
-            async def waiting() -> bool:
-                return bool((await connection.execute(waits)).scalar_one())
-
-            await until(waiting)
+            await until_waiting(database.engine)
             fault = await fault_of(client.events.IngestEvents(request, metadata=own))
             assert fault.brief == ("RESOURCE_EXHAUSTED", "ORGANIZATION_LIMIT", None)
             assert (fault.metadata, fault.retry_s) == ({}, 1)
@@ -501,11 +496,8 @@ async def interrupted(client: Client, database: Database, how: str) -> Fault:
             f"SELECT count({how}(pid)) FROM pg_stat_activity "  # noqa: S608 - a function's name
             "WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )
-
-        async def done() -> bool:
-            return bool((await connection.execute(interrupt)).scalar_one())
-
-        await until(done)
+        await until_waiting(database.engine)
+        assert (await connection.execute(interrupt)).scalar_one() == 1
         return await fault_of(call)
 
 
@@ -530,21 +522,13 @@ async def test_a_deadline_too_short_to_begin(client: Client, database: Database)
         await organizations.lock_exclusive(connection, "default")
         # This one is taken, and waits for the lock; the next waits in the queue behind it.
         taken = asyncio.ensure_future(client.ingest(event("taken")))
-        await until(lambda: _wait(database, 1))
+        await until_waiting(database.engine)
         late = event_pb2.IngestEventsRequest(events=[event("late")])
         fault = await fault_of(client.events.IngestEvents(late, timeout=0.2))
     assert fault.code == "DEADLINE_EXCEEDED"
     await taken
     async with database.engine.connect() as connection:
         assert list((await connection.execute(sa.select(usage_events.c.transaction_id))).scalars()) == ["taken"]
-
-
-async def _wait(database: Database, number: int) -> bool:
-    query = sa.text(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
-    )
-    async with database.engine.connect() as connection:
-        return bool((await connection.execute(query)).scalar_one() == number)
 
 
 async def test_a_defect_shows_only_where_to_look(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 from conftest import Client, event, running_gateway, running_server, timestamp
-from faults import LEAK, fault_of, until
+from faults import LEAK, fault_of, until, until_waiting
 from google.api import annotations_pb2
 from google.protobuf import descriptor_pool
 
@@ -221,8 +221,7 @@ async def test_serve_runs_both_and_drains(database_url: str, database: Database)
             async with database.engine.begin() as connection:
                 await organizations.lock_exclusive(connection, "default")
                 call = asyncio.ensure_future(http.post("/v1/ingest", json=events_of("in flight")))
-                waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-                await until(lambda: _is(connection.scalar(waits), 1))
+                await until_waiting(database.engine)
                 server.process.terminate()
                 await until(lambda: "draining" in server.log())
                 await asyncio.sleep(0.2)
@@ -235,10 +234,6 @@ async def test_serve_runs_both_and_drains(database_url: str, database: Database)
         assert "Traceback" not in server.log()
     async with database.engine.connect() as connection:
         assert await connection.scalar(sa.text("SELECT count(*) FROM usage_events")) == 2
-
-
-async def _is(found: Awaitable[Any], expected: Any) -> bool:
-    return bool(await found == expected)
 
 
 async def refused_connection(url: str) -> bool:
@@ -960,8 +955,7 @@ async def test_what_may_be_tried_again(
         async with database.engine.begin() as connection:
             await organizations.lock_exclusive(connection, "default")
             first = asyncio.ensure_future(hurried.post("/v1/ingest", json=events_of("first")))
-            waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-            await until(lambda: _is(connection.scalar(waits), 1))
+            await until_waiting(database.engine)
             for path in ("/v1/customers", "/org/default/entitlement"):
                 answer = await is_refused(hurried, "GET", path, 429)
                 assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("1", "true")
@@ -995,8 +989,7 @@ async def test_one_organization_may_have_so_much(database_url: str, database: Da
         async with database.engine.begin() as connection:
             await organizations.lock_exclusive(connection, "default")
             first = asyncio.ensure_future(http.post("/v1/ingest", json=events_of("first")))
-            waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-            await until(lambda: _is(connection.scalar(waits), 1))
+            await until_waiting(database.engine)
             for path in ("/v1/customers", "/org/default/entitlement"):
                 answer = await is_refused(http, "GET", path, 429)
                 assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("1", "true")

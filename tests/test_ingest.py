@@ -18,7 +18,7 @@ import grpc
 import pytest
 import sqlalchemy as sa
 from conftest import FAST, Client, event, running_server, start_server, timestamp
-from faults import fault_of, read_fault, until
+from faults import fault_of, read_fault, until, until_waiting
 from google.protobuf.struct_pb2 import Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
@@ -64,15 +64,6 @@ async def counted(database: Database) -> int:
     """How many events all cells together count."""
     async with database.engine.connect() as connection:
         return int((await connection.execute(sa.select(sa.func.sum(usage_cells.c.counted)))).scalar_one() or 0)
-
-
-async def waiting_for_a_lock(database: Database) -> bool:
-    """Say whether some transaction in the database waits for another one."""
-    activity = sa.text(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    )
-    async with database.engine.connect() as connection:
-        return bool((await connection.execute(activity)).scalar_one())
 
 
 @contextlib.asynccontextmanager
@@ -215,7 +206,7 @@ async def test_a_duplicate_waits_for_the_first_writer(
     async with database.engine.connect() as writer:
         await writer.execute(insert(usage_events).values(row))
         call = asyncio.ensure_future(client.ingest(event("before"), sent, event("zlast")))
-        await until(lambda: waiting_for_a_lock(database))
+        await until_waiting(database.engine)
         assert not call.done()
         await (writer.commit() if ending == "commit" else writer.rollback())
         answer = await call
@@ -722,7 +713,7 @@ async def test_a_call_whose_write_began_is_stored_though_its_caller_left(client:
         row = {**held._asdict(), "organization_id": "default", "properties": {}}
         await writer.execute(insert(usage_events).values(row))
         call = client.events.IngestEvents(event_pb2.IngestEventsRequest(events=[event("held"), event("mine")]))
-        await until(lambda: waiting_for_a_lock(database))
+        await until_waiting(database.engine)
         call.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await call
@@ -742,7 +733,7 @@ async def test_a_transaction_outlives_its_caller(database: Database) -> None:
                 await writer.execute(sa.text("LOCK TABLE customers IN SHARE MODE"))
                 customer = customer_pb2.Customer(name=f"{number}")
                 call = client.customers.CreateCustomer(customer_pb2.CreateCustomerRequest(customer=customer))
-                await until(lambda: waiting_for_a_lock(database))
+                await until_waiting(database.engine)
                 if not number:  # every connection that this takes is there by now
                     sa.event.listen(database.engine.sync_engine, "connect", lambda *_: connects.append(None))
                 call.cancel()

@@ -22,7 +22,7 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
 from conftest import FAST, Client, event, running_server, timestamp
-from faults import fault_of
+from faults import fault_of, until_waiting
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -269,8 +269,7 @@ async def test_sigterm_lets_calls_in_flight_end(data_dir: Path) -> None:
             async with engine.begin() as connection:
                 await organizations.lock_exclusive(connection, "default")
                 call = asyncio.ensure_future(client.ingest(event("in flight")))
-                waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-                await becomes(lambda: connection.scalar(waits), 1)
+                await until_waiting(engine)
                 server.process.terminate()
                 health = health_pb2_grpc.HealthStub(client.channel)
                 request = health_pb2.HealthCheckRequest()
@@ -293,8 +292,7 @@ async def test_the_drain_is_bounded(data_dir: Path) -> None:
             async with engine.begin() as connection:
                 await organizations.lock_exclusive(connection, "default")
                 call = asyncio.ensure_future(client.ingest(event("stuck")))
-                waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-                await becomes(lambda: connection.scalar(waits), 1)
+                await until_waiting(engine)
                 server.process.terminate()
                 fault = await asyncio.wait_for(fault_of(call), 10)
                 assert fault.code in {"UNAVAILABLE", "CANCELLED"}

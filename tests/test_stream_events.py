@@ -12,7 +12,7 @@ import grpc
 import pytest
 import sqlalchemy as sa
 from conftest import Client, event, running_server, timestamp
-from faults import until
+from faults import until, until_waiting
 from streaming import NARROW, Proxy, Watched, connected, random_cut, received, watched
 
 from metering.v1 import error_reason_pb2, event_pb2
@@ -275,13 +275,8 @@ async def test_the_database_goes_away(server: Watched) -> None:
     async with server.database.engine.begin() as connection:
         await organizations.lock_exclusive(connection, "default")
         task = asyncio.ensure_future(sent(server.client, batches))
-
-        async def killed() -> bool:
-            # Within a transaction Postgres shows again what it showed first.
-            await connection.execute(sa.select(sa.func.pg_stat_clear_snapshot()))
-            return bool((await connection.execute(kill)).scalar_one())
-
-        await until(killed)
+        await until_waiting(server.database.engine)
+        assert (await connection.execute(kill)).scalar_one() == 1
         answers, fault = await asyncio.wait_for(task, 10)
     assert fault is not None
     assert fault.brief == ("UNAVAILABLE", "DATABASE_UNAVAILABLE", None)

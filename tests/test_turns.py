@@ -10,7 +10,7 @@ import grpc
 import pytest
 import sqlalchemy as sa
 from conftest import Client, event, running_server
-from faults import Fault, fault_of, read_fault, until
+from faults import Fault, fault_of, read_fault, until, until_waiting
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import service.store.customers
@@ -402,15 +402,10 @@ async def test_another_organization_does_not_wait_behind_a_crowd(
 
 async def in_flight(database: Database, two: Two, number: int) -> list["asyncio.Future[Any]"]:
     """Calls of the first organization, which is blocked, that are being served: one of them holds a connection."""
-    waiting = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
     calls = []
-    async with database.engine.connect() as connection:
-        await connection.execution_options(isolation_level="AUTOCOMMIT")
-        for _ in range(number):
-            calls.append(asyncio.ensure_future(ingest(two, two.one, event())))
-            async with asyncio.timeout(20):
-                while await connection.scalar(waiting) != 1:  # noqa: ASYNC110 - for Postgres
-                    await asyncio.sleep(0.05)
+    for _ in range(number):
+        calls.append(asyncio.ensure_future(ingest(two, two.one, event())))
+        await until_waiting(database.engine)
     await asyncio.sleep(0.5)
     return calls
 

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 import test_gateway
 import test_server
 from conftest import Client, event
-from faults import fault_of
+from faults import fault_of, until_waiting
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_server import (
     ACCEPTED,
@@ -50,9 +50,6 @@ place = test_server.place
 
 # Each channel has a connection of its own, and looks for a new one at once.
 OWN = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 100)]
-WAITING = sa.text(
-    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-)
 
 
 def workers(server: Server) -> list[int]:
@@ -215,7 +212,7 @@ async def test_sigterm_lets_calls_in_flight_end(server: Server, database: Databa
             await organizations.lock_exclusive(connection, "default")
             calls = [asyncio.ensure_future(one.ingest(event(str(n)))) for n, one in enumerate(made)]
             # Each of the two writes few events of an organization in one transaction at a time.
-            await becomes(lambda: connection.scalar(WAITING), 2)
+            await until_waiting(database.engine, 2)
             server.process.terminate()
             for one in made:
                 await becomes(lambda one=one: is_well(one, waits=False), grpc.StatusCode.UNAVAILABLE)
@@ -425,7 +422,7 @@ async def test_the_gateway_drains_before_the_workers(database_url: str, database
             async with database.engine.begin() as connection:
                 await organizations.lock_exclusive(connection, "default")
                 earlier = asyncio.ensure_future(http.post("/v1/ingest", json=test_gateway.events_of("earlier")))
-                await becomes(lambda: connection.scalar(WAITING), 1)
+                await until_waiting(database.engine)
                 server.process.terminate()
                 await until_async(lambda: server.log().count("event=draining") == 3)
                 await asyncio.sleep(0.5)
