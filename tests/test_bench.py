@@ -204,7 +204,7 @@ async def test_deleted_row_is_found(place: Ground) -> None:
                 "UPDATE usage_cells SET sum = sum + 1 WHERE ctid IN (SELECT ctid FROM usage_cells WHERE sum IS NOT NULL"
             )
             await connection.execute(f"{one} AND organization_id = $1 LIMIT 1)", organization)
-            with pytest.raises(WrongAnswer, match="sum must be"):
+            with pytest.raises(WrongAnswer, match="sums must be"):
                 await original(tenants[0], None)
             one = "SELECT ctid FROM usage_events WHERE organization_id = $1 LIMIT 1"
             await connection.execute(f"DELETE FROM usage_events WHERE ctid = ({one})", organization)  # noqa: S608

@@ -8,12 +8,20 @@ import pytest
 import sqlalchemy as sa
 
 from service.domain.metrics import Aggregation, BillableMetric, PropertyFilter
+from service.domain.usage import GroupBy
 from service.store import usage_sql
 from service.store.compiled import PER_METRICS_MAX, Compiled, PerMetrics
 from service.store.usage_sql import Pair
 
 START = datetime(2026, 1, 1, 0, 30, tzinfo=UTC)
-METRIC = BillableMetric(uuid.UUID(int=1), "name", Aggregation.SUM, aggregation_key="tokens", event_types=("request",))
+METRIC = BillableMetric(
+    uuid.UUID(int=1),
+    "name",
+    Aggregation.SUM,
+    aggregation_key="tokens",
+    event_types=("request",),
+    group_keys=(("region",),),
+)
 
 
 def test_a_missing_value_is_refused() -> None:
@@ -38,22 +46,29 @@ def test_a_value_of_its_own_need_not_be_given() -> None:
         replace(METRIC, property_filters=(PropertyFilter("region", in_values=("eu",)),)),
         replace(METRIC, aggregation_key="bytes"),
         replace(METRIC, aggregation=Aggregation.MAX),
-        replace(METRIC, group_keys=(("region",),)),
+        replace(METRIC, group_keys=(("model", "region"),)),
         replace(METRIC, archived_at=START),
         replace(METRIC, id=uuid.UUID(int=2)),
     ],
 )
 async def test_a_kept_statement_is_of_its_metric(other: BillableMetric) -> None:
     """Where a bound cuts an hour, metrics that differ in any way that counts do not share a statement."""
-    sent = []
+    bounds = [(START, START + timedelta(hours=2))]
+    totals, by_groups = [], []
     for metric in (METRIC, other, METRIC):
-        bounds = [(START, START + timedelta(hours=2))]
-        statement = await usage_sql.totals([metric], [Pair(uuid.UUID(int=9), metric.id)], bounds, None)
-        sql, values = statement.compiled.bound(organization="one", **statement.values)
-        sent.append((statement.compiled, sql, values))
-    assert sent[0] == sent[2]
-    assert sent[0][0] is not sent[1][0]
-    assert sent[0][1:] != sent[1][1:]
+        pairs = [Pair(uuid.UUID(int=9), metric.id)]
+        for sent, statement in (
+            (totals, await usage_sql.totals([metric], pairs, bounds, None)),
+            (by_groups, usage_sql.group_totals(metric, GroupBy("region"), 10, pairs, bounds)),
+        ):
+            sql, values = statement.compiled.bound(organization="one", **statement.values)
+            sent.append((statement.compiled, sql, values))
+    for sent in (totals, by_groups):
+        assert sent[0] == sent[2]
+        assert sent[0][0] is not sent[1][0]
+    assert by_groups[0][1:] != by_groups[1][1:]
+    # All groups together are the same, whatever the groups.
+    assert (totals[0][1:] != totals[1][1:]) == (METRIC.group_keys == other.group_keys)
 
 
 async def test_statements_do_not_pile_up() -> None:

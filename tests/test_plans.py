@@ -80,6 +80,8 @@ MONTH = {"starting_on": timestamp(START), "ending_before": timestamp(START + tim
 CALLS: list[tuple[str, dict[str, Any], int]] = [
     ("ListUsage", asked(), 150_000),
     ("ListUsage", asked(customer_ids=CUSTOMERS[:1]), 10_000),
+    # A cell an hour, however many groups there are.
+    ("ListUsage", asked(customer_ids=CUSTOMERS[:1], billable_metrics=[{"id": METRIC}]), 24 * DAYS),
     ("ListUsage", asked(**CUT), 60_000),
     ("ListUsage", asked(**CUT, customer_ids=CUSTOMERS[:1]), 20_000),
     ("ListUsage", asked(billable_metrics=[{"id": METRIC, "group_by": {"key": "region"}}]), 90_000),

@@ -1,15 +1,21 @@
 """Things that are written twice agree: migrations and tables, proto enums and the domain's, protos and stubs."""
 
 import enum
+import importlib
+import random
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import test_voiding
 from alembic.autogenerate import compare_metadata
+from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
+from conftest import Client
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
@@ -35,7 +41,7 @@ from service.domain.windows import WindowSize
 from service.errors import Reason
 from service.migrations import is_current, upgrade
 from service.server import SERVICES
-from service.store.tables import METADATA
+from service.store.tables import METADATA, usage_cells
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -89,6 +95,34 @@ async def test_upgrade_of_an_upgraded_database_changes_nothing(database: Databas
     async with database.engine.connect() as connection:
         assert (await connection.execute(rows)).all() == before
     assert [row.id for row in before] == ["default"]
+
+
+async def test_totals_of_what_was_stored_before_them(client: Client, database: Database) -> None:
+    """Cells of groups from before there were totals get the ones that storing their events gives, emptied ones too."""
+    book = await test_voiding.opened(client, database)
+    await book.ingest(test_voiding.drawn(random.Random(1), 400, hours=3))
+    await book.ingest([test_voiding.at(500, "alone", q=1, u="x", g="eu")])
+    await book.void(["alone", *(one.transaction_id for one in book.stored[::3])])
+    totals = usage_cells.c.group_digest == b""
+    grouped = [uuid.UUID(one.id) for one in book.definitions if one.group_keys]
+    columns = [one for one in usage_cells.c if one.name != "updated_at"]
+    of_grouped = sa.select(*columns).where(totals, usage_cells.c.metric_id.in_(grouped)).order_by(*columns[:4])
+    changed = sa.select(sa.func.max(usage_cells.c.updated_at)).group_by(*columns[:4]).order_by(*columns[:4])
+    async with database.engine.begin() as connection:
+        before = (await connection.execute(of_grouped)).all()
+        await connection.execute(sa.delete(usage_cells).where(totals, usage_cells.c.metric_id.in_(grouped)))
+        of_groups = (await connection.execute(changed)).scalars().all()
+
+        def migrate(synchronous: sa.Connection) -> None:
+            with Operations.context(MigrationContext.configure(synchronous)):
+                importlib.import_module("service.migrations.versions.0004_totals_beside_groups").upgrade()
+
+        await connection.run_sync(migrate)
+        assert (await connection.execute(of_grouped)).all() == before
+        assert (await connection.execute(changed)).scalars().all() == of_groups
+    assert {row.metric_id for row in before} == set(grouped)
+    assert 0 in {row.counted + row.skipped for row in before}
+    await book.check()
 
 
 async def test_another_version_is_not_current(database: Database) -> None:

@@ -882,6 +882,8 @@ TAMPERED: dict[str, tuple[sa.Update | sa.Delete, str]] = {
     "a sum": (sa.update(usage_cells).values(sum=usage_cells.c.sum + 1).where(usage_cells.c.sum.is_not(None)), "sum is"),
     "a count": (sa.update(usage_cells).values(counted=usage_cells.c.counted - 1), "counted is"),
     "skipped": (sa.update(usage_cells).values(skipped=7), "skipped is"),
+    "all groups": (sa.update(usage_cells).values(skipped=7).where(usage_cells.c.group_digest == b""), "[]: skipped is"),
+    "a group": (sa.update(usage_cells).values(skipped=7).where(usage_cells.c.group_digest > b""), "['eu']: skipped is"),
     "a cell lost": (sa.delete(usage_cells), "counted is None"),
     "a cell in another hour": (
         sa.update(usage_cells).values(cell_start=usage_cells.c.cell_start + timedelta(days=30)),
@@ -901,8 +903,10 @@ async def test_verify_finds_and_mends(client: Client, database: Database, databa
     statement, told = TAMPERED[name]
     await client.create_customer(ingest_aliases=["acme"])
     for aggregation in ("SUM", "UNIQUE"):
-        await client.create_metric(aggregation_type=f"AGGREGATION_TYPE_{aggregation}", aggregation_key="n")
-    await client.ingest(*(event(properties={"n": n}) for n in (1, 2, 2)))
+        await client.create_metric(
+            aggregation_type=f"AGGREGATION_TYPE_{aggregation}", aggregation_key="n", group_keys=[{"properties": ["g"]}]
+        )
+    await client.ingest(*(event(properties={"n": n, "g": "eu"}) for n in (1, 2, 2)))
     right = await total(client)
     assert sorted(right) == ["2", "5"]
 

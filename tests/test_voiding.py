@@ -499,15 +499,15 @@ async def test_the_same_value_comes_while_its_only_event_goes(book: Book, monkey
 
 
 async def test_writers_of_other_cells_do_not_wait(client: Client, database: Database) -> None:
-    """While an event is being voided, events of other groups, hours and customers are stored at once.
+    """While an event is being voided, events of other hours and customers are stored at once.
 
     Would catch a void that locks more than the cells it changes: all writers would stand still behind a deletion.
     """
-    book = await opened(client, database, [UNIQUE])  # of others all events of an hour may share a cell
+    book = await opened(client, database, [UNIQUE])
     await book.ingest([at(0, "a", u="x", g="eu")])
     async with held_void(book, ["a"]), asyncio.timeout(10):
         await book.ingest([at(70, "later", u="x", g="eu"), at(0, "theirs", "other", u="x", g="eu")])
-        await book.ingest([at(1, "us", u="x", g="us")])
+        await book.ingest([at(71, "us", u="x", g="us")])
     await book.check()
 
 

@@ -260,16 +260,17 @@ class Bench:
             )
             must_be("stored events", stored, expected.different)
             rows = await connection.fetch(
-                "SELECT sum(counted) AS counted, sum(skipped) AS skipped, sum(sum) AS sum FROM usage_cells "
-                "WHERE organization_id = $1 GROUP BY metric_id",
+                "SELECT group_digest = '' AS total, sum(counted) AS counted, sum(skipped) AS skipped, sum(sum) AS sum "
+                "FROM usage_cells WHERE organization_id = $1 GROUP BY metric_id, group_digest = ''",
                 organization,
             )
-            must_be(
-                "events counted by each metric", [row["counted"] for row in rows], [expected.different] * self.metrics
-            )
-            must_be("events skipped", {row["skipped"] for row in rows} - {0}, set())
+            must_be("metrics with cells", [row["total"] for row in rows].count(True), self.metrics)
+            must_be("events counted by each metric", {row["counted"] for row in rows}, {expected.different})
+            must_be("events skipped", {row["skipped"] for row in rows}, {0})
             if self.metrics > 1:
-                must_be("sum", [row["sum"] for row in rows if row["sum"] is not None], [expected.tokens])
+                # Of all groups together, and of each.
+                sums = [row["sum"] for row in rows if row["sum"] is not None]
+                must_be("sums", sums, [expected.tokens] * 2)
             if self.metrics > 2:
                 found = await connection.fetchval(
                     "SELECT count(*) FROM usage_distinct_values WHERE organization_id = $1", organization

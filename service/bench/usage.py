@@ -389,13 +389,14 @@ class _Asked:
         aggregate = {"COUNT": "sum(c.counted)", "SUM": "sum(c.sum)", "UNIQUE": "count(DISTINCT c.value_digest)"}
         table = "usage_distinct_values" if question.metric == "UNIQUE" else "usage_cells"
         start = "c.cell_start" if question.hourly else f"date_trunc('day', c.cell_start, '{question.zone}')"
+        of_level = f"AND c.group_digest {'>' if question.grouped else '='} ''" if table == "usage_cells" else ""
         # Of a metric the properties of group keys are stored in order, the model before the region.
         groups = "c.group_values[2] AS region, c.group_values[1] AS model," if question.grouped else ""
         inner = (
             f"SELECT k.customer_id, {start} AS start, {groups} {aggregate[question.metric]} AS value "  # noqa: S608
             f"FROM customer_keys k JOIN {table} c ON c.organization_id = k.organization_id AND c.customer_key = k.key "
             "WHERE k.organization_id = $1 AND c.organization_id = $1 AND c.metric_id = $2 "
-            "AND c.cell_start >= $3 AND c.cell_start < $4 "
+            f"AND c.cell_start >= $3 AND c.cell_start < $4 {of_level} "
             f"{'' if question.every_customer else 'AND k.customer_id = $5'} "
             f"GROUP BY {', '.join(str(i + 1) for i in range(4 if question.grouped else 2))}"
         )

@@ -65,7 +65,7 @@ def adding(metrics: Sequence[BillableMetric], events: sa.FromClause) -> sa.Inser
     """Return the statement that adds new events to the cells of the metrics; None if there is no metric."""
     if not metrics:
         return None
-    rows = [metric_sql.cells(metric, events, _bucket(events), *_passed(metric, events)) for metric in metrics]
+    rows = [_cells(metric, events, *_passed(metric, events)) for metric in metrics]
     aggregations = {metric.aggregation for metric in metrics}
     return metric_sql.merge_into_cells(sa.select(sa.union_all(*rows).subquery()), aggregations)
 
@@ -107,7 +107,7 @@ async def touched(
         .where(columns.organization_id == ORGANIZATION, columns.transaction_id == sa.any_(texts(transaction_ids)))
         .subquery("events")
     )
-    rows = metric_sql.cells(metric, events, _bucket(events), *_passed(metric, events)).subquery()
+    rows = _cells(metric, events, *_passed(metric, events)).subquery()
     query = sa.select(*(rows.c[name] for name in metric_sql.CELL_KEY))
     return [CellKey(*row) for row in await connection.execute(query, {"organization": organization})]
 
@@ -159,7 +159,7 @@ async def recompute_cells(
         wanted, same = _named(keys, found)
         return sa.select(found).join(wanted, same)
 
-    await connection.execute(metric_sql.replace_cells(named(metric_sql.cells(metric, events, _bucket(events)))), bound)
+    await connection.execute(metric_sql.replace_cells(named(_cells(metric, events))), bound)
     if metric.aggregation is Aggregation.UNIQUE:
         values = metric_sql.distinct_values(metric, events, _bucket(events))
         await connection.execute(_insert_distinct(named(values)), bound)
@@ -185,7 +185,7 @@ async def recompute(
     filled = sa.or_(columns.counted > 0, columns.skipped > 0)
     await connection.execute(sa.update(usage_cells).where(*within(usage_cells), filled).values(metric_sql.EMPTY_CELL))
     events = _events_between(start, end)
-    await connection.execute(metric_sql.replace_cells(metric_sql.cells(metric, events, _bucket(events))), bound)
+    await connection.execute(metric_sql.replace_cells(_cells(metric, events)), bound)
     if metric.aggregation is Aggregation.UNIQUE:
         await connection.execute(_insert_distinct(metric_sql.distinct_values(metric, events, _bucket(events))), bound)
 
@@ -212,7 +212,7 @@ async def mismatches(
 ) -> list[Mismatch]:
     """Compare the metric's cells in `[start, end)` with its events, in one statement; both bounds are cell starts."""
     events = _events_between(start, end)
-    computed = metric_sql.cells(metric, events, _bucket(events)).subquery("computed")
+    computed = _cells(metric, events).subquery("computed")
     stored = (
         sa.select(usage_cells)
         .where(
@@ -308,6 +308,11 @@ def _events_between(start: datetime, end: datetime | None) -> sa.Subquery:
     columns = usage_events.c
     bounds = [columns.timestamp >= start] + ([columns.timestamp < end] if end else [])
     return stored_events(*bounds).subquery("events")
+
+
+def _cells(metric: BillableMetric, events: sa.FromClause, *where: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """Aggregate events into what usage_cells has of the metric."""
+    return metric_sql.cells(metric, events, _bucket(events), *where, with_total=True)
 
 
 def _bucket(events: sa.FromClause) -> sa.ColumnElement[Any]:

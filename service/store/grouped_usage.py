@@ -118,7 +118,8 @@ class _Reader:
         if position.window + 1 == len(self.windows):
             return 1
         bounds = self.windows.slice(position.window, 1)
-        after = await self._rows(_cell_after(self.pair, bounds[0][0], self.windows.end, CELLS_MAX))
+        by_groups = bool(self.query.group_key)
+        after = await self._rows(_cell_after(self.pair, by_groups, bounds[0][0], self.windows.end, CELLS_MAX))
         if not after:
             return most
         return max(1, min(most, self.windows.index_of(max(after[0][0], bounds[0][0])) - position.window))
@@ -244,7 +245,10 @@ def _rows(wanted: _Selection) -> Compiled:
     window without groups. `counted` of a UNIQUE metric is the number of its values, not of the different ones.
     """
     metrics, with_records = usage_sql.defined([wanted.metric], cut=wanted.shape.cut)
-    pieces = wanted.keyed(usage_sql.select_pieces(metrics, wanted.shape, with_records=with_records))
+    by_groups = bool(wanted.group_key)
+    pieces = wanted.keyed(
+        usage_sql.select_pieces(metrics, wanted.shape, with_records=with_records, by_groups=by_groups)
+    )
     groups = sa.select(*wanted.key(pieces), *usage_sql.measures_of({wanted.metric.aggregation}, pieces))
     groups = groups.group_by(*wanted.key(pieces))
     if wanted.changed:
@@ -282,14 +286,17 @@ def _distinct_numbers(wanted: _Selection) -> Compiled:
     return Compiled(sa.select(*key, sa.func.count(values.c.value_digest.distinct())).where(*within).group_by(*key))
 
 
-def _cell_after(pair: Pair, instant: datetime, end: datetime, number: int) -> usage_sql.Statement:
-    """Select the start of the cell of the pair that comes after `number` others from `instant` on, if there is one."""
+def _cell_after(pair: Pair, by_groups: bool, instant: datetime, end: datetime, number: int) -> usage_sql.Statement:
+    """Select the start of the cell of the pair that comes after `number` others from `instant` on, if there is one.
+
+    Of the cells of all groups or, `by_groups`, of those of each.
+    """
     values = {"customer_id": pair.customer_id, "metric_id": pair.metric_id, "number": number, "limit": number + 1}
-    return usage_sql.Statement(_compiled_cell_after(), {**values, "first": cell_floor(instant), "last": end})
+    return usage_sql.Statement(_compiled_cell_after(by_groups), {**values, "first": cell_floor(instant), "last": end})
 
 
 @functools.lru_cache
-def _compiled_cell_after() -> Compiled:
+def _compiled_cell_after(by_groups: bool) -> Compiled:
     customer_id, metric_id = (sa.bindparam(name, type_=sa.Uuid) for name in ("customer_id", "metric_id"))
     first, last = (sa.bindparam(name, type_=INSTANT) for name in ("first", "last"))
     number, limit = (sa.bindparam(name, type_=sa.Integer) for name in ("number", "limit"))
@@ -301,6 +308,7 @@ def _compiled_cell_after() -> Compiled:
         columns.customer_key == key.c.key,
         columns.cell_start >= first,
         columns.cell_start < last,
+        usage_sql.level(by_groups=by_groups),
     )
     # Of no key more than are counted off, however many it has.
     cell = sa.select(columns.cell_start).where(*of_key).order_by(columns.cell_start).limit(limit)

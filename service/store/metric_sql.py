@@ -39,6 +39,9 @@ EMPTY_CELL: dict[str, Any] = {
 RECORDS = BillableMetric(uuid.UUID(int=0), "", Aggregation.SUM, aggregation_key=QUANTITY, record_key="")
 
 CELL_KEY = ("metric_id", "customer_key", "cell_start", "group_digest")
+# What the cell of an hour has that is not of a group but of all events.
+NO_GROUPS: sa.ColumnClause[Any] = sa.literal_column("'{}'::text[]", ARRAY(sa.Text))
+TOTAL: sa.ColumnClause[Any] = sa.literal_column("''::bytea", BYTEA)
 
 # A plain decimal: what `domain.quantities` prints, and what can be summed. Nothing else is ever cast to numeric. The
 # numbers of digits are looked at apart: bounds inside of the expression make it five times as slow.
@@ -132,13 +135,18 @@ def outcome(metric: BillableMetric, events: sa.FromClause) -> sa.ColumnElement[i
 
 
 def cells(
-    metric: BillableMetric, events: sa.FromClause, bucket: sa.ColumnElement[Any], *where: sa.ColumnElement[bool]
+    metric: BillableMetric,
+    events: sa.FromClause,
+    bucket: sa.ColumnElement[Any],
+    *where: sa.ColumnElement[bool],
+    with_total: bool = False,
 ) -> sa.Select[Any]:
     """Aggregate the events that match the metric (and `where`) into cells.
 
     Of RECORDS, the metric is what the column `metric_id` of `events` says. `bucket` is what tells one cell of time from
     another. Yields metric_id, customer_key, cell_start (the bucket), group_digest, group_values and the MEASURES; one
-    row per customer key, bucket and values of the group properties.
+    row per customer key, bucket and values of the group properties, and with `with_total` one more for all of these
+    values together, as usage_cells has it.
     """
     matched = _matched(metric, events, bucket, *where)
     columns: Columns = matched.c
@@ -173,14 +181,21 @@ def cells(
             ):
                 measures[name] = latest(column, columns.timestamp, columns.transaction_id, value.is_not(None))
     of_metric = [columns.metric_id] if metric is RECORDS else []
+    group_values, group_digest = columns.group_values, _group_digest(metric, columns.group_values)
+    by: sa.ColumnElement[Any] = group_values
+    if with_total and metric.group_properties:
+        # Of the row for all of them together the values are NULL, which they are in no other.
+        by = sa.func.rollup(group_values)
+        group_values = sa.func.coalesce(group_values, NO_GROUPS).label("group_values")
+        group_digest = sa.func.coalesce(group_digest, TOTAL)
     return sa.select(
         *(of_metric or [sa.literal(metric.id, sa.Uuid).label("metric_id")]),
         columns.customer_key,
         columns.cell_start,
-        _group_digest(metric, columns.group_values).label("group_digest"),
-        columns.group_values,
+        group_digest.label("group_digest"),
+        group_values,
         *(expression.label(name) for name, expression in measures.items()),
-    ).group_by(*of_metric, columns.customer_key, columns.cell_start, columns.group_values)
+    ).group_by(*of_metric, columns.customer_key, columns.cell_start, by)
 
 
 def distinct_values(
@@ -306,12 +321,12 @@ def _property(columns: Columns, name: str) -> sa.ColumnElement[Any]:
 
 def _group_values(metric: BillableMetric, columns: Columns) -> sa.ColumnElement[Any]:
     if not metric.group_properties:
-        return sa.literal_column("'{}'::text[]", ARRAY(sa.Text))
+        return NO_GROUPS
     return array([_property(columns, name) for name in metric.group_properties], type_=sa.Text)
 
 
 def _group_digest(metric: BillableMetric, group_values: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     if not metric.group_properties:
-        return sa.literal_column("''::bytea", BYTEA)
+        return TOTAL
     # The text form of an array quotes its values, so it tells NULL from 'NULL' and ('a','b,c') from ('a,b','c').
     return digest(group_values.cast(sa.Text))

@@ -178,7 +178,8 @@ usage_cells = sa.Table(
     sa.Column("metric_id", sa.Uuid, primary_key=True),
     sa.Column("customer_key", KEY, primary_key=True),
     sa.Column("cell_start", INSTANT, primary_key=True),
-    # Digest of `group_values`, which can be longer than an index entry may be; empty when there are none.
+    # Digest of `group_values`, which can be longer than an index entry may be; empty when there are none. Every hour
+    # with events has a cell without them, for all events; beside it a metric with group keys has one of each group.
     sa.Column("group_digest", BYTEA, primary_key=True),
     # Values of the metric's group properties in the order of `group_properties`; NULL = the event lacks it.
     sa.Column("group_values", ARRAY(sa.Text), nullable=False),

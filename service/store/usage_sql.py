@@ -14,6 +14,7 @@ It is worked out once and kept: to make it anew takes SQLAlchemy several times a
 import functools
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -140,7 +141,7 @@ async def pairs_with_usage(
 @functools.lru_cache
 def _pairs_changed() -> Compiled:
     metric, key = _candidates()
-    cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(_WHOLE))
+    cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(_WHOLE), level(by_groups=False))
     changed = sa.or_(_updated_at(cell, key) >= _SINCE, metric.c.id == sa.any_(_FRESH))
     return _pairs_where(metric, _exists(metric, key, cell, changed))
 
@@ -148,7 +149,7 @@ def _pairs_changed() -> Compiled:
 def _pairs_with_usage(metrics: Sequence[BillableMetric], with_records: bool, parts: int) -> Compiled:
     metric, key = _candidates()
     filled = sa.or_(usage_cells.c.counted > 0, usage_cells.c.skipped > 0)
-    cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(_WHOLE), filled)
+    cell = _of_key(usage_cells, key.c.key, metric.c.id, *_within(_WHOLE), level(by_groups=False), filled)
     found = [_exists(metric, key, cell, key.c.held)]
     for i in range(parts):
         start, stop = (sa.bindparam(f"{name}_{i}", type_=INSTANT) for name in ("start", "stop"))
@@ -208,7 +209,7 @@ def next_cell(pair: Pair, instant: datetime, end: datetime) -> Statement:
 def _next_cell() -> Compiled:
     customer_id, metric_id = (sa.bindparam(name, type_=sa.Uuid) for name in ("customer_id", "metric_id"))
     key = keys_of(customer_id)
-    cell = _of_key(usage_cells, key.c.key, metric_id, *_within(_WHOLE))
+    cell = _of_key(usage_cells, key.c.key, metric_id, *_within(_WHOLE), level(by_groups=False))
     return Compiled(sa.select(sa.func.min(cell.c.cell_start)).select_from(key.join(cell, sa.true())))
 
 
@@ -238,7 +239,7 @@ def _totals(
     shape: Shape,
     changed: bool,
 ) -> Compiled:
-    pieces = select_pieces(metrics, shape, with_records=with_records).subquery("pieces")
+    pieces = select_pieces(metrics, shape, with_records=with_records, by_groups=False).subquery("pieces")
     key = _key(pieces)
     statement = sa.select(*key, *measures_of(aggregations, pieces)).group_by(*key)
     if changed:
@@ -279,7 +280,7 @@ def group_totals(
 def _group_totals(metric: BillableMetric, name: str, named: bool, shape: Shape) -> Compiled:
     place = metric.group_properties.index(name) + 1
     metrics, with_records = defined([metric], cut=shape.cut)
-    pieces = select_pieces(metrics, shape, with_records=with_records).subquery("pieces")
+    pieces = select_pieces(metrics, shape, with_records=with_records, by_groups=True).subquery("pieces")
     group_value = pieces.c.group_values[place].collate("C")
     wanted: sa.ColumnElement[bool] = group_value.is_not(None)
     if named:
@@ -385,27 +386,31 @@ def any_event(pieces: sa.Subquery) -> sa.ColumnElement[bool]:
     return sa.func.sum(pieces.c.counted + pieces.c.skipped) > 0
 
 
-def select_pieces(metrics: Sequence[BillableMetric], shape: Shape, *, with_records: bool) -> sa.CompoundSelect[Any]:
+def select_pieces(
+    metrics: Sequence[BillableMetric], shape: Shape, *, with_records: bool, by_groups: bool
+) -> sa.CompoundSelect[Any]:
     """Columns: pair (its number, from 1 on), window, group_values, updated_at and the MEASURES.
 
-    It takes the values that `asked` gives. Where no bound cuts a cell the metrics do not matter (see `defined`).
+    One piece for all groups together or, `by_groups`, one for each. It takes the values that `asked` gives. Where no
+    bound cuts a cell the metrics do not matter (see `defined`).
     """
     pair = _pair_rows()
     key = keys_of(pair.c.customer_id)
-    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(shape))
+    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, *_within(shape), level(by_groups=by_groups))
     parts: list[sa.Select[Any]] = [_cell_pieces(pair, key, cell, _window(cell.c.cell_start, shape))]
     if not shape.cut:
         return sa.union_all(*parts)
-    parts.append(_cut_times(shape))
+    parts.append(_cut_times(shape, by_groups=by_groups))
     for i, metric in enumerate(metrics):
         events = _cut_events(_ids(f"owners_{i}"))
-        made = metric_sql.cells(metric, events, _window(events.c.timestamp, shape))
+        wanted = metric if by_groups else replace(metric, group_keys=())
+        made = metric_sql.cells(wanted, events, _window(events.c.timestamp, shape))
         parts.append(_of_pair(_with_updated_at(made), _PIECE))
     if with_records:
         # One part for all record metrics, however many.
         events = of_records(_cut_events(_ids("record_owners")))
-        wanted = events.c.metric_id == sa.any_(_ids("records"))
-        made = metric_sql.cells(metric_sql.RECORDS, events, _window(events.c.timestamp, shape), wanted)
+        asked_for = events.c.metric_id == sa.any_(_ids("records"))
+        made = metric_sql.cells(metric_sql.RECORDS, events, _window(events.c.timestamp, shape), asked_for)
         parts.append(_of_pair(_with_updated_at(made), _PIECE))
     return sa.union_all(*parts)
 
@@ -431,14 +436,13 @@ def _with_updated_at(rows: sa.Select[Any]) -> sa.Subquery:
     return rows.add_columns(sa.null().cast(INSTANT).label("updated_at")).subquery()
 
 
-def _cut_times(shape: Shape) -> sa.Select[Any]:
+def _cut_times(shape: Shape, *, by_groups: bool) -> sa.Select[Any]:
     """Select for every part of a cut cell a piece with the time at which the cell changed, and nothing else."""
     pair = _pair_rows()
     key = keys_of(pair.c.customer_id)
     part = _part_rows()
-    cell = _of_key(
-        usage_cells, key.c.key, pair.c.metric_id, usage_cells.c.cell_start == metric_sql.cell_start(part.c.start)
-    )
+    in_cell = usage_cells.c.cell_start == metric_sql.cell_start(part.c.start)
+    cell = _of_key(usage_cells, key.c.key, pair.c.metric_id, in_cell, level(by_groups=by_groups))
     return sa.select(
         pair.c.number.label("pair"),
         _window(part.c.start, shape).label("window"),
@@ -528,6 +532,13 @@ def _within(shape: Shape) -> list[sa.ColumnElement[bool]]:
     if shape.cut:
         conditions.append(start != sa.all_(sa.bindparam("cut_cells", type_=ARRAY(INSTANT))))
     return conditions
+
+
+def level(*, by_groups: bool) -> sa.ColumnElement[bool]:
+    """Condition that a cell is of one group, or the one of its hour for all groups together."""
+    digest = usage_cells.c.group_digest
+    # Nothing comes before the empty one; and unlike "is another", "comes after" is asked of the index.
+    return digest > metric_sql.TOTAL if by_groups else digest == metric_sql.TOTAL
 
 
 def _window(instant: sa.ColumnElement[Any], shape: Shape) -> sa.ColumnElement[int]:

@@ -1,0 +1,48 @@
+"""A cell for all groups together beside those of each group, for the metrics that have group keys.
+
+Servers from before do not keep it: stop them first.
+"""
+
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+
+# A cell's three fields of what is latest are filled together or not at all.
+_TOTALS = """
+INSERT INTO usage_cells (
+    organization_id, metric_id, customer_key, cell_start, group_digest, group_values, counted, skipped, sum, min, max,
+    latest_at, latest_transaction_id, latest_value, updated_at
+)
+SELECT
+    total.organization_id, total.metric_id, total.customer_key, total.cell_start, '', '{}', counted, skipped, sum, min,
+    max, latest.latest_at, latest.latest_transaction_id, latest.latest_value, updated_at
+FROM (
+    SELECT
+        organization_id, metric_id, customer_key, cell_start, sum(counted) AS counted, sum(skipped) AS skipped,
+        sum(sum) AS sum, min(min) AS min, max(max) AS max, bool_or(latest_at IS NOT NULL) AS has_latest,
+        max(updated_at) AS updated_at
+    FROM usage_cells
+    WHERE group_digest > ''
+    GROUP BY organization_id, metric_id, customer_key, cell_start
+) AS total
+LEFT JOIN LATERAL (
+    SELECT latest_at, latest_transaction_id, latest_value
+    FROM usage_cells AS one
+    WHERE total.has_latest AND one.organization_id = total.organization_id AND one.metric_id = total.metric_id
+        AND one.customer_key = total.customer_key AND one.cell_start = total.cell_start AND one.group_digest > ''
+        AND one.latest_at IS NOT NULL
+    ORDER BY latest_at DESC, latest_transaction_id COLLATE "C" DESC
+    LIMIT 1
+) AS latest ON total.has_latest
+"""
+
+
+def upgrade() -> None:
+    """Apply."""
+    op.execute(_TOTALS)
+
+
+def downgrade() -> None:
+    """Not offered: restore a backup instead."""
+    raise NotImplementedError
