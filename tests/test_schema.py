@@ -111,6 +111,7 @@ async def test_totals_of_what_was_stored_before_them(client: Client, database: D
     async with database.engine.begin() as connection:
         before = (await connection.execute(of_grouped)).all()
         await connection.execute(sa.delete(usage_cells).where(totals, usage_cells.c.metric_id.in_(grouped)))
+        await connection.execute(sa.DDL("DROP INDEX usage_cells_of_all_groups_idx"))
         of_groups = (await connection.execute(changed)).scalars().all()
 
         def migrate(synchronous: sa.Connection) -> None:

@@ -262,6 +262,9 @@ async def _insert(ground: Ground, tenant: Tenant, number: int, say: Say) -> Work
         await connection.close()
 
 
+# The service, bare SQL, raw SQL and ClickHouse.
+_SIDES_MAX = 4
+
 Rows = Iterable[Sequence[Any]]
 Ask = Callable[[int], Awaitable[Any]]
 Read = Callable[[Any], Rows]
@@ -273,11 +276,14 @@ class _Asked:
     def __init__(self, loaded: Loaded, question: Question) -> None:
         self.loaded = loaded
         self.question = question
+        self._sides = 0
 
     def side(self, name: str, ask: Ask, read: Read, calls: int) -> Side:
         """Make a side that asks so often in a run, about another customer each time."""
-        # Far apart, so that those of one run are not neighbours, and each gets its turn.
-        customers = (i * 197 % CUSTOMERS for i in itertools.count())
+        # Far apart, so that those of one run are not neighbours, and each gets its turn; and in a round no two sides
+        # about the same, or the second would find in memory what the first had to fetch.
+        customers = (i * 197 % CUSTOMERS for i in itertools.count(self._sides * CUSTOMERS // _SIDES_MAX))
+        self._sides += 1
 
         async def run() -> Work:
             asked = list(itertools.islice(customers, calls))

@@ -119,7 +119,7 @@ async def lock(connection: AsyncConnection, organization: str, keys: Sequence[Ce
         sa.select(usage_cells.c.metric_id)
         .join(wanted, same)
         .where(usage_cells.c.organization_id == organization)
-        .order_by(*(usage_cells.c[name] for name in metric_sql.CELL_KEY))
+        .order_by(*metric_sql.in_order(usage_cells))
         .with_for_update(of=usage_cells)
     )
     await connection.execute(query)

@@ -193,6 +193,15 @@ usage_cells = sa.Table(
     sa.Column("latest_transaction_id", KEY),
     sa.Column("latest_value", NUMERIC),
     sa.Column("updated_at", INSTANT, nullable=False),
+    # What a question without groups reads, without the entries of all groups between.
+    sa.Index(
+        "usage_cells_of_all_groups_idx",
+        "organization_id",
+        "metric_id",
+        "customer_key",
+        "cell_start",
+        postgresql_where=sa.text("group_digest = ''::bytea"),
+    ),
 )
 
 # The different values of UNIQUE metrics per cell, as 16-byte digests.

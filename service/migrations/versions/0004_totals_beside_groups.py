@@ -3,6 +3,7 @@
 Servers from before do not keep it: stop them first.
 """
 
+import sqlalchemy as sa
 from alembic import op
 
 revision = "0004"
@@ -41,6 +42,12 @@ LEFT JOIN LATERAL (
 def upgrade() -> None:
     """Apply."""
     op.execute(_TOTALS)
+    op.create_index(
+        "usage_cells_of_all_groups_idx",
+        "usage_cells",
+        ["organization_id", "metric_id", "customer_key", "cell_start"],
+        postgresql_where=sa.text("group_digest = ''::bytea"),
+    )
 
 
 def downgrade() -> None:
