@@ -394,12 +394,17 @@ async def _auth(config: Config, database: Database) -> Auth:
     return Auth(database, tokens, clients)
 
 
+async def check_schema(database: Database) -> None:
+    """Raise CannotServe if the tables are not exactly this version's."""
+    if not await is_current(database.engine):
+        raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
+
+
 async def _check_database(config: Config, database: Database) -> None:
     """Raise CannotServe where the database is not one to serve."""
     try:
         await database.check(allow_unsafe=config.allow_unsafe_database)
-        if not await is_current(database.engine):
-            raise CannotServe("The database has another schema than this version needs. Run `metering migrate` first.")
+        await check_schema(database)
         await database.check_policies()
     except UnsafeDatabase as error:
         raise CannotServe(str(error)) from error

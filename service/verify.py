@@ -39,7 +39,7 @@ class Finding:
             for name in sorted(stored.keys() | computed.keys())
             if stored.get(name) != computed.get(name)
         ]
-        return f"{place} {wrong.group_values}: {'; '.join(differing)}"
+        return f"{place} {wrong.cell_group}: {'; '.join(differing)}"
 
 
 async def verify_cells(

@@ -932,6 +932,23 @@ async def test_verify_finds_and_mends(client: Client, database: Database, databa
     assert await total(client) == right
 
 
+async def test_a_command_refuses_tables_of_another_version(database: Database, database_url: str) -> None:
+    """What works on the tables says that they must be migrated first, and does nothing to them.
+
+    Would catch a `verify --repair` that takes what an older version stored for wrong, and writes what it reads wrongly.
+    """
+    async with database.engine.begin() as connection:
+        await connection.execute(sa.text("UPDATE alembic_version SET version_num = '0003'"))
+    for command in (("verify", "--repair"), ("orgs", "create", "new"), ("keys", "list")):
+        arguments = [*command, "--database-url", database_url]
+        result = await asyncio.to_thread(CliRunner().invoke, main, arguments)
+        assert result.exit_code == 1
+        assert "another schema than this version needs. Run `metering migrate` first." in result.output
+    async with database.engine.connect() as connection:
+        found = await connection.execute(sa.text("SELECT id FROM organizations"))
+        assert list(found.scalars()) == ["default"]
+
+
 async def test_verify_can_be_narrowed(client: Client, database: Database, database_url: str) -> None:
     """To one metric, one organization and a time; what is outside is neither told nor repaired."""
     await client.create_customer(ingest_aliases=["acme"])

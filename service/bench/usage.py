@@ -280,13 +280,14 @@ class _Asked:
 
     def side(self, name: str, ask: Ask, read: Read, calls: int) -> Side:
         """Make a side that asks so often in a run, about another customer each time."""
-        # Far apart, so that those of one run are not neighbours, and each gets its turn; and in a round no two sides
-        # about the same, or the second would find in memory what the first had to fetch.
-        customers = (i * 197 % CUSTOMERS for i in itertools.count(self._sides * CUSTOMERS // _SIDES_MAX))
+        # No two sides ask about the same one in a round: the second would find in memory what the first had to fetch.
+        firsts = itertools.count(self._sides * CUSTOMERS // _SIDES_MAX, self.question.calls)
         self._sides += 1
 
         async def run() -> Work:
-            asked = list(itertools.islice(customers, calls))
+            first = next(firsts)
+            # Far apart, so that those of one run are not neighbours, and each gets its turn.
+            asked = [(first + i) * 197 % CUSTOMERS for i in range(calls)]
             answers = []
             with without_collection():
                 watch = Stopwatch()
@@ -397,7 +398,7 @@ class _Asked:
         start = "c.cell_start" if question.hourly else f"date_trunc('day', c.cell_start, '{question.zone}')"
         of_level = f"AND c.group_digest {'>' if question.grouped else '='} ''" if table == "usage_cells" else ""
         # Of a metric the properties of group keys are stored in order, the model before the region.
-        groups = "c.group_values[2] AS region, c.group_values[1] AS model," if question.grouped else ""
+        groups = "c.cell_group[2] AS region, c.cell_group[1] AS model," if question.grouped else ""
         inner = (
             f"SELECT k.customer_id, {start} AS start, {groups} {aggregate[question.metric]} AS value "  # noqa: S608
             f"FROM customer_keys k JOIN {table} c ON c.organization_id = k.organization_id AND c.customer_key = k.key "

@@ -25,7 +25,7 @@ from service.gateway import GatewayError
 from service.migrations import upgrade
 from service.postgres import PostgresError, running_url
 from service.reporting import last_hour, roll_up_hour
-from service.server import CannotServe, open_database
+from service.server import CannotServe, check_schema, open_database
 from service.store import organizations
 from service.store.organizations import DEFAULT_ORGANIZATION
 from service.store.roll_up import Waiting, waiting_entitlements
@@ -84,7 +84,10 @@ partner_rule_option = click.option(
 @click.command(epilog=EPILOG)
 @database_options
 def migrate(database_url: str | None, data_dir: Path, pg_bin: str | None) -> None:
-    """Bring the database to this version's tables. Safe to repeat, and to run beside servers and other migrations."""
+    """Bring the database to this version's tables. Safe to repeat, and to run beside other migrations.
+
+    Stop servers of an older version first: with newer tables their calls may fail.
+    """
 
     async def work(database: Database) -> None:
         await upgrade(database.engine)
@@ -336,6 +339,8 @@ def _with_database(
         async with open_database(config) as (database, _):
             if migrated and database_url is None:
                 await upgrade(database.engine)
+            if migrated:
+                await check_schema(database)
             return await work(database)
 
     return run(connected())

@@ -113,7 +113,7 @@ class BillableMetric:
 
     @property
     def group_properties(self) -> tuple[str, ...]:
-        """Every property of any group key, sorted: the order of `group_values` in the metric's cells."""
+        """Every property of any group key, sorted: the order of `cell_group` in the metric's cells."""
         return tuple(sorted({name for key in self.group_keys for name in key}))
 
     def definition(self) -> dict[str, object]:

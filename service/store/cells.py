@@ -42,7 +42,7 @@ class Mismatch(NamedTuple):
 
     customer_key: str
     cell_start: datetime
-    group_values: list[str | None]
+    cell_group: list[str | None]
     stored: dict[str, Any] | None = None
     computed: dict[str, Any] | None = None
     note: str = ""
@@ -231,7 +231,7 @@ async def mismatches(
         sa.select(
             sa.func.coalesce(stored.c.customer_key, computed.c.customer_key),
             sa.func.coalesce(stored.c.cell_start, computed.c.cell_start),
-            sa.func.coalesce(stored.c.group_values, computed.c.group_values),
+            sa.func.coalesce(stored.c.cell_group, computed.c.cell_group),
             stored.c.metric_id.is_not(None),
             computed.c.metric_id.is_not(None),
             *(side.c[name].label(f"{side.name}_{name}") for side in (stored, computed) for name in names),

@@ -43,8 +43,8 @@ class UnmatchedKey(NamedTuple):
 def ingest_statements(metrics: Sequence[BillableMetric]) -> IngestStatements:
     """Compile the metrics into the statements that store events and count them.
 
-    The insert takes events in the order of their ids and cells in the order of their keys, events first: concurrent
-    batches wait for each other in one direction only.
+    The insert takes events in the order of their ids and cells in theirs (`metric_sql.in_order`), events first:
+    concurrent batches wait for each other in one direction only.
     """
     new = _new_events()
     statement = sa.select(new.c.transaction_id)

@@ -208,7 +208,7 @@ class _Selection(NamedTuple):
         values = []
         for i, name in enumerate(self.group_key):
             place = self.metric.group_properties.index(name) + 1
-            values.append(source.c.group_values[place].collate("C").label(f"value_{i}"))
+            values.append(source.c.cell_group[place].collate("C").label(f"value_{i}"))
         passes = [values[i] == sa.any_(_named(i)) for i, name in enumerate(self.group_key) if name in self.filtered]
         return sa.select(source, *values).where(*passes).subquery("keyed")
 

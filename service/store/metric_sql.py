@@ -39,7 +39,7 @@ EMPTY_CELL: dict[str, Any] = {
 RECORDS = BillableMetric(uuid.UUID(int=0), "", Aggregation.SUM, aggregation_key=QUANTITY, record_key="")
 
 CELL_KEY = ("metric_id", "customer_key", "cell_start", "group_digest")
-# What the cell of an hour has that is not of a group but of all events.
+# What the cell of all events has as its group, and as the digest of that.
 NO_GROUPS: sa.ColumnClause[Any] = sa.literal_column("'{}'::text[]", ARRAY(sa.Text))
 TOTAL: sa.ColumnClause[Any] = sa.literal_column("''::bytea", BYTEA)
 
@@ -144,7 +144,7 @@ def cells(
     """Aggregate the events that match the metric (and `where`) into cells.
 
     Of RECORDS, the metric is what the column `metric_id` of `events` says. `bucket` is what tells one cell of time from
-    another. Yields metric_id, customer_key, cell_start (the bucket), group_digest, group_values and the MEASURES; one
+    another. Yields metric_id, customer_key, cell_start (the bucket), group_digest, cell_group and the MEASURES; one
     row per customer key, bucket and values of the group properties, and with `with_total` one more for all of these
     values together, as usage_cells has it.
     """
@@ -181,19 +181,19 @@ def cells(
             ):
                 measures[name] = latest(column, columns.timestamp, columns.transaction_id, value.is_not(None))
     of_metric = [columns.metric_id] if metric is RECORDS else []
-    group_values, group_digest = columns.group_values, _group_digest(metric, columns.group_values)
-    by: sa.ColumnElement[Any] = group_values
+    cell_group, group_digest = columns.cell_group, _group_digest(metric, columns.cell_group)
+    by: sa.ColumnElement[Any] = cell_group
     if with_total and metric.group_properties:
         # Of the row for all of them together the values are NULL, which they are in no other.
-        by = sa.func.rollup(group_values)
-        group_values = sa.func.coalesce(group_values, NO_GROUPS).label("group_values")
+        by = sa.func.rollup(cell_group)
+        cell_group = sa.func.coalesce(cell_group, NO_GROUPS).label("cell_group")
         group_digest = sa.func.coalesce(group_digest, TOTAL)
     return sa.select(
         *(of_metric or [sa.literal(metric.id, sa.Uuid).label("metric_id")]),
         columns.customer_key,
         columns.cell_start,
         group_digest.label("group_digest"),
-        group_values,
+        cell_group,
         *(expression.label(name) for name, expression in measures.items()),
     ).group_by(*of_metric, columns.customer_key, columns.cell_start, by)
 
@@ -201,7 +201,7 @@ def cells(
 def distinct_values(
     metric: BillableMetric, events: sa.FromClause, bucket: sa.ColumnElement[Any], *where: sa.ColumnElement[bool]
 ) -> sa.Select[Any]:
-    """Yield the different values of a UNIQUE metric: metric_id, customer_key, cell_start, group_digest, group_values
+    """Yield the different values of a UNIQUE metric: metric_id, customer_key, cell_start, group_digest, cell_group
     and value_digest.
     """
     columns: Columns = _matched(metric, events, bucket, *where).c
@@ -210,8 +210,8 @@ def distinct_values(
             sa.literal(metric.id, sa.Uuid).label("metric_id"),
             columns.customer_key,
             columns.cell_start,
-            _group_digest(metric, columns.group_values).label("group_digest"),
-            columns.group_values,
+            _group_digest(metric, columns.cell_group).label("group_digest"),
+            columns.cell_group,
             digest(columns.value).label("value_digest"),
         )
         .where(columns.value.is_not(None))
@@ -284,7 +284,7 @@ def replace_cells(rows: sa.Select[Any]) -> Insert:
 
 def _insert_cells(rows: sa.Select[Any], measures: Sequence[str]) -> Insert:
     source = rows.subquery()
-    names = [*CELL_KEY, "group_values", *measures]
+    names = [*CELL_KEY, "cell_group", *measures]
     organization = sa.bindparam("organization", type_=usage_cells.c.organization_id.type)
     select = sa.select(organization, *(source.c[name] for name in names), sa.func.clock_timestamp())
     select = select.order_by(*in_order(source))
@@ -300,7 +300,7 @@ def _matched(
         columns.customer_key,
         columns.timestamp,
         bucket.label("cell_start"),
-        _group_values(metric, columns).label("group_values"),
+        _cell_group(metric, columns).label("cell_group"),
         *([columns.metric_id] if metric is RECORDS else []),
     ]
     if metric.aggregation_key is not None:
@@ -325,14 +325,14 @@ def _property(columns: Columns, name: str) -> sa.ColumnElement[Any]:
     return sa.type_coerce(columns.properties.op("->>")(sa.literal(name, sa.Text)), sa.Text)
 
 
-def _group_values(metric: BillableMetric, columns: Columns) -> sa.ColumnElement[Any]:
+def _cell_group(metric: BillableMetric, columns: Columns) -> sa.ColumnElement[Any]:
     if not metric.group_properties:
         return NO_GROUPS
     return array([_property(columns, name) for name in metric.group_properties], type_=sa.Text)
 
 
-def _group_digest(metric: BillableMetric, group_values: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+def _group_digest(metric: BillableMetric, cell_group: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     if not metric.group_properties:
         return TOTAL
     # The text form of an array quotes its values, so it tells NULL from 'NULL' and ('a','b,c') from ('a,b','c').
-    return digest(group_values.cast(sa.Text))
+    return digest(cell_group.cast(sa.Text))

@@ -170,7 +170,8 @@ usage_events = sa.Table(
     sa.Index(None, "organization_id", "customer_key", "timestamp"),
 )
 
-# The aggregates: one row per metric, customer key as sent, cell of time and values of all group properties.
+# The aggregates, "cells": per metric, customer key as sent and stretch of time a row for all events; beside it, of a
+# metric with group keys, one for each group, which is a value for each of its group properties.
 usage_cells = sa.Table(
     "usage_cells",
     METADATA,
@@ -178,11 +179,10 @@ usage_cells = sa.Table(
     sa.Column("metric_id", sa.Uuid, primary_key=True),
     sa.Column("customer_key", KEY, primary_key=True),
     sa.Column("cell_start", INSTANT, primary_key=True),
-    # Digest of `group_values`, which can be longer than an index entry may be; empty when there are none. Every hour
-    # with events has a cell without them, for all events; beside it a metric with group keys has one of each group.
+    # Digest of `cell_group`, which can be longer than an index entry may be; empty in the row for all events.
     sa.Column("group_digest", BYTEA, primary_key=True),
-    # Values of the metric's group properties in the order of `group_properties`; NULL = the event lacks it.
-    sa.Column("group_values", ARRAY(sa.Text), nullable=False),
+    # Values in the order of `group_properties`, NULL = the events lack it; none in the row for all events.
+    sa.Column("cell_group", ARRAY(sa.Text), nullable=False),
     sa.Column("counted", sa.BigInteger, nullable=False),
     sa.Column("skipped", sa.BigInteger, nullable=False),
     # Only the columns of the metric's aggregation are filled. Unconstrained: sums stay exact at any size.

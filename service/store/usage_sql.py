@@ -281,7 +281,7 @@ def _group_totals(metric: BillableMetric, name: str, named: bool, shape: Shape) 
     place = metric.group_properties.index(name) + 1
     metrics, with_records = defined([metric], cut=shape.cut)
     pieces = select_pieces(metrics, shape, with_records=with_records, by_groups=True).subquery("pieces")
-    group_value = pieces.c.group_values[place].collate("C")
+    group_value = pieces.c.cell_group[place].collate("C")
     wanted: sa.ColumnElement[bool] = group_value.is_not(None)
     if named:
         wanted = group_value == sa.any_(sa.bindparam("named", type_=ARRAY(sa.Text)))
@@ -298,7 +298,7 @@ def _group_totals(metric: BillableMetric, name: str, named: bool, shape: Shape) 
     source: sa.FromClause = ranked
     if metric.aggregation is Aggregation.UNIQUE:
         values = select_distinct_pieces([metric], shape).subquery("values")
-        value_key = [*_key(values), values.c.group_values[place].collate("C").label("group_value")]
+        value_key = [*_key(values), values.c.cell_group[place].collate("C").label("group_value")]
         number = sa.func.count(values.c.value_digest.distinct()).label("number")
         numbers = sa.select(*value_key, number).group_by(*value_key).subquery("numbers")
         same = [ranked.c[name] == numbers.c[name] for name in ("pair", "window", "group_value")]
@@ -389,7 +389,7 @@ def any_event(pieces: sa.Subquery) -> sa.ColumnElement[bool]:
 def select_pieces(
     metrics: Sequence[BillableMetric], shape: Shape, *, with_records: bool, by_groups: bool
 ) -> sa.CompoundSelect[Any]:
-    """Columns: pair (its number, from 1 on), window, group_values, updated_at and the MEASURES.
+    """Columns: pair (its number, from 1 on), window, cell_group, updated_at and the MEASURES.
 
     One piece for all groups together or, `by_groups`, one for each. It takes the values that `asked` gives. Where no
     bound cuts a cell the metrics do not matter (see `defined`).
@@ -419,7 +419,7 @@ def _cell_pieces(pair: Any, key: Any, cell: Any, window: sa.ColumnElement[int]) 
     return sa.select(
         pair.c.number.label("pair"),
         window.label("window"),
-        cell.c.group_values,
+        cell.c.cell_group,
         _updated_at(cell, key).label("updated_at"),
         *(
             sa.case((key.c.held, cell.c[name]), else_=0 if name in {"counted", "skipped"} else None).label(name)
@@ -429,7 +429,7 @@ def _cell_pieces(pair: Any, key: Any, cell: Any, window: sa.ColumnElement[int]) 
 
 
 # What `select_pieces` has beside the pair.
-_PIECE = ("cell_start", "group_values", "updated_at", *metric_sql.MEASURES)
+_PIECE = ("cell_start", "cell_group", "updated_at", *metric_sql.MEASURES)
 
 
 def _with_updated_at(rows: sa.Select[Any]) -> sa.Subquery:
@@ -446,7 +446,7 @@ def _cut_times(shape: Shape, *, by_groups: bool) -> sa.Select[Any]:
     return sa.select(
         pair.c.number.label("pair"),
         _window(part.c.start, shape).label("window"),
-        cell.c.group_values,
+        cell.c.cell_group,
         _updated_at(cell, key).label("updated_at"),
         *(
             (sa.literal_column("0") if name in {"counted", "skipped"} else sa.null().cast(usage_cells.c[name].type))
@@ -463,7 +463,7 @@ def _updated_at(cell: sa.FromClause, key: sa.FromClause) -> sa.ColumnElement[Any
 def select_distinct_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> sa.CompoundSelect[Any]:
     """The different values of UNIQUE metrics, as `select_pieces` gives the cells; all pairs must be of these metrics.
 
-    Columns: pair, window, group_values, value_digest.
+    Columns: pair, window, cell_group, value_digest.
     """
     pair = _pair_rows()
     key = keys_of(pair.c.customer_id)
@@ -474,14 +474,14 @@ def select_distinct_pieces(metrics: Sequence[BillableMetric], shape: Shape) -> s
         sa.select(
             pair.c.number.label("pair"),
             _window(cell.c.cell_start, shape).label("window"),
-            cell.c.group_values,
+            cell.c.cell_group,
             one.c.value_digest,
         ).select_from(pair.join(key, key.c.held).join(cell, sa.true()).join(one, sa.true()))
     ]
     for i, metric in enumerate(metrics if shape.cut else ()):
         events = _cut_events(_ids(f"owners_{i}"))
         made = metric_sql.distinct_values(metric, events, _window(events.c.timestamp, shape)).subquery()
-        parts.append(_of_pair(made, ("cell_start", "group_values", "value_digest")))
+        parts.append(_of_pair(made, ("cell_start", "cell_group", "value_digest")))
     return sa.union_all(*parts)
 
 

@@ -1,7 +1,4 @@
-"""A cell for all groups together beside those of each group, for the metrics that have group keys.
-
-Servers from before do not keep it: stop them first.
-"""
+"""A cell for all events beside those of each group, for the metrics that have group keys."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,7 +9,7 @@ down_revision = "0003"
 # A cell's three fields of what is latest are filled together or not at all.
 _TOTALS = """
 INSERT INTO usage_cells (
-    organization_id, metric_id, customer_key, cell_start, group_digest, group_values, counted, skipped, sum, min, max,
+    organization_id, metric_id, customer_key, cell_start, group_digest, cell_group, counted, skipped, sum, min, max,
     latest_at, latest_transaction_id, latest_value, updated_at
 )
 SELECT
@@ -41,6 +38,9 @@ LEFT JOIN LATERAL (
 
 def upgrade() -> None:
     """Apply."""
+    # Servers from before would keep no totals, and count those that are there beside the groups. Every statement of
+    # theirs that reads or writes a cell names this column: it fails from here on, and writes nothing.
+    op.alter_column("usage_cells", "group_values", new_column_name="cell_group")
     op.execute(_TOTALS)
     op.create_index(
         "usage_cells_of_all_groups_idx",
