@@ -38,8 +38,8 @@ LEFT JOIN LATERAL (
 
 def upgrade() -> None:
     """Apply."""
-    # Servers from before would keep no totals, and count those that are there beside the groups. Every statement of
-    # theirs that reads or writes a cell names this column: it fails from here on, and writes nothing.
+    # Servers from before would keep no totals, and count those that are there beside the groups. Whatever of theirs
+    # reads the figures of cells, or stores cells, names this column: it fails from here on, and writes nothing.
     op.alter_column("usage_cells", "group_values", new_column_name="cell_group")
     op.execute(_TOTALS)
     op.create_index(
