@@ -499,7 +499,7 @@ async def test_the_same_value_comes_while_its_only_event_goes(book: Book, monkey
 
 
 async def test_writers_of_other_cells_do_not_wait(client: Client, database: Database) -> None:
-    """While an event is being voided, events of other hours and customers are stored at once.
+    """While an event is being voided, events of other hours and customers are stored at once, of its hour afterwards.
 
     Would catch a void that locks more than the cells it changes: all writers would stand still behind a deletion.
     """
@@ -507,7 +507,11 @@ async def test_writers_of_other_cells_do_not_wait(client: Client, database: Data
     await book.ingest([at(0, "a", u="x", g="eu")])
     async with held_void(book, ["a"]), asyncio.timeout(10):
         await book.ingest([at(70, "later", u="x", g="eu"), at(0, "theirs", "other", u="x", g="eu")])
-        await book.ingest([at(71, "us", u="x", g="us")])
+        await book.ingest([at(71, "later too", u="x", g="us")])
+        # All groups of an hour share a cell.
+        writer = asyncio.create_task(book.ingest([at(1, "us", u="x", g="us")]))
+        await until(lambda: waits(book.database))
+    await writer
     await book.check()
 
 
